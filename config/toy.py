@@ -1,0 +1,22 @@
+"""Block diffusion, continued from the autoregressive weights of config/toy_ar.py: Stable-DiffCoder's recipe at toy scale.
+
+K = 4, clipped schedule, ELBO weights after a warmup of the noise (Stable-DiffCoder §3). Two CPU cores, about two minutes.
+"""
+out = "out/toy"
+init_from = "out/toy_ar"
+objective = "block"
+block_size = 4
+shift = False
+schedule = "clipped"
+u_warmup_steps = 40
+
+context = 256
+batch_tokens = 16 * 256
+micro_batch = 16
+max_steps = 250
+lr = 2e-3
+min_lr = 1e-4
+lr_warmup_steps = 20
+eval_every = 125
+eval_windows = 96
+save_every = 125

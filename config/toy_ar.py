@@ -1,0 +1,17 @@
+"""The stage before diffusion: a small autoregressive model of Python's standard library.
+
+Plays the part of Seed-Coder in Stable-DiffCoder's recipe. Two CPU cores, about two minutes.
+"""
+out = "out/toy_ar"
+objective = "ar"
+
+context = 256
+batch_tokens = 16 * 256
+micro_batch = 16
+max_steps = 400
+lr = 3e-3
+min_lr = 1e-3  # not annealed to nothing: the stage after it starts from a model that still learns (Stable-DiffCoder §3.1)
+lr_warmup_steps = 40
+eval_every = 200
+eval_windows = 96
+save_every = 200

@@ -30,7 +30,8 @@ HF_NAMES = {"vocab_size": "vocab_size", "d_model": "hidden_size", "n_layer": "nu
             "d_ff": "intermediate_size", "context": "max_position_embeddings", "norm_eps": "rms_norm_eps",
             "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings"}
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-DIFFUSION_KEYS = ("objective", "shift", "block_size")  # what decoding needs to know, kept in config.json
+# What decoding needs to know, kept in config.json; a folder that does not say is a plain autoregressive model.
+DIFFUSION_KEYS = {"objective": "ar", "shift": True, "block_size": 1}
 
 
 def to_hf_config(cfg, tok, recipe):
@@ -77,7 +78,7 @@ def write_model(folder, model, tok, recipe):
     tied = {"lm_head.weight"} if model.cfg.tie_embeddings else set()
     tensors = {tensor_name(n): t.contiguous() for n, t in model.state_dict().items() if n not in tied}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copyfile(tok.path, folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text(tok.json, encoding="utf-8")
     names = {"bos_token": tok.bos_id, "eos_token": tok.eos_id, "mask_token": tok.mask_id, "pad_token": tok.pad_id}
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
@@ -167,7 +168,7 @@ def load(folder, device="cpu"):
     if tok.vocab_size > model.cfg.vocab_size:
         raise ValueError(f"{folder}: its tokenizer has {tok.vocab_size} ids, its model only {model.cfg.vocab_size}")
     load_weights(folder / "model.safetensors", model)
-    return model.to(device), tok, hf
+    return model.to(device), tok, {**DIFFUSION_KEYS, **hf}
 
 
 def load_weights(path, model):

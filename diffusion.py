@@ -101,7 +101,7 @@ def block_firsts(doc_start, recipe):
 
 
 def spans_for(recipe, doc_start, doc_end):
-    """The attention of the objective, over xt (or x0), or over [xt ; x0] under `block` (DESIGN table of objectives)."""
+    """The attention of the objective, over xt (or x0), or over [xt ; x0] under `block`."""
     block_size = {"ar": 1, "ar_diffusion": 1, "bidirectional": None, "block": recipe.block_size}[recipe.objective]
     return Spans.of(doc_start, doc_end, block_size, noisy=recipe.objective == "block")
 
@@ -146,7 +146,7 @@ def draw_t(draw, blocks, recipe, seed, step, row, batch_rows):
 
 
 def mask_row(draw, maskable, first, t, n, schedule, t_min):
-    """masked (T,) bool and u (T,) float64 of one row (Stable-DiffCoder §3.3; DESIGN table of schedules).
+    """masked (T,) bool and u (T,) float64 of one row (Stable-DiffCoder §3.3).
 
     first: (T,) block ids, contiguous and rising. t, n: (T,), each token's block's noise level and maskable count.
     """

@@ -64,18 +64,19 @@ class Tokenizer:
     def __init__(self, path):
         """path: a tokenizer.json or a folder that holds one. Raises FileNotFoundError or ValueError, in a sentence."""
         path = Path(path)
-        self.path = path / "tokenizer.json" if path.is_dir() else path
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no tokenizer at {self.path}; `python -m data.stdlib.prepare` writes one")
+        path = path if path.suffix == ".json" else path / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}; `python -m data.stdlib.prepare` writes one")
+        self.json = path.read_text(encoding="utf-8")  # kept, to be saved beside the weights
         try:
-            self.hf = tokenizers.Tokenizer.from_file(str(self.path))
-        except Exception as error:  # the library raises bare Exception for a file that does not parse
-            raise ValueError(f"{self.path} is not a readable tokenizer.json: {error}") from error
+            self.hf = tokenizers.Tokenizer.from_str(self.json)
+        except Exception as error:  # the library raises bare Exception for a text that does not parse
+            raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
         self.hf.encode_special_tokens = True  # "<eos>" in a text is five characters, never the special token
         self.vocab_size = self.hf.get_vocab_size()
         self.special_ids = {t.content: i for i, t in self.hf.get_added_tokens_decoder().items() if t.special}
         self.bos_id, self.eos_id, self.mask_id, self.pad_id = map(self.special_ids.get, SPECIALS)
-        self.tik = as_tiktoken(json.loads(self.path.read_text(encoding="utf-8")))
+        self.tik = as_tiktoken(json.loads(self.json))
         self.token_bytes = np.array([len(self.bytes_of(i)) for i in range(self.vocab_size)])
 
     def bytes_of(self, i):

@@ -194,6 +194,9 @@ if cfg.compile:
     model.compile()
 
 out.mkdir(parents=True, exist_ok=True)
+if start >= cfg.max_steps and f'{{"step": {start}, "val_nelbo"' in (out / "metrics.jsonl").read_text():
+    print(f"{out}: all {start} steps are done and evaluated; a larger --max_steps trains on")
+    sys.exit(0)
 checkpoint.cut_metrics(out / "metrics.jsonl", start)
 metrics = open(out / "metrics.jsonl", "a", buffering=1)  # a line is on disk when it is written
 n_params = sum(p.numel() for p in model.parameters())
@@ -236,43 +239,43 @@ for sig in (signal.SIGINT, signal.SIGTERM):
     signal.signal(sig, lambda s, _: asked_to_stop.append(s) if not asked_to_stop else sys.exit(128 + s))
 
 # --- train --------------------------------------------------------------------------------------------------------
-bar = tqdm(total=cfg.max_steps, initial=start, unit="step", dynamic_ncols=True)
-for step, batch in zip(range(start, cfg.max_steps), prefetch(make_batch, start, cfg.max_steps)):
-    began = time.time()
-    if cfg.eval_every and step % cfg.eval_every == 0:
-        evaluate(step)
+with tqdm(total=cfg.max_steps, initial=start, unit="step", dynamic_ncols=True) as bar:  # closed, it ends its line
+    for step, batch in zip(range(start, cfg.max_steps), prefetch(make_batch, start, cfg.max_steps)):
         began = time.time()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg)
+        if cfg.eval_every and step % cfg.eval_every == 0:
+            evaluate(step)
+            began = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
 
-    scored = batch.maskable.sum()  # of the global batch, so that accumulation changes nothing
-    loss = torch.zeros((), device=device)
-    for a in range(0, batch_rows, cfg.micro_batch):
-        with autocast():
-            part = weighted_loss(model, batch.rows(a, a + cfg.micro_batch, device), recipe) / scored
-        part.backward()
-        loss += part.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-    if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
-        raise ValueError(f"step {step} went wrong: loss {loss.item()}, gradient norm {grad_norm.item()}, learning rate "
-                         f"{learning_rate(step, cfg):.2e}; its update was not made; {checkpoint.last_good(out)}; "
-                         "a lower --lr or --grad_clip usually helps")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        scored = batch.maskable.sum()  # of the global batch, so that accumulation changes nothing
+        loss = torch.zeros((), device=device)
+        for a in range(0, batch_rows, cfg.micro_batch):
+            with autocast():
+                part = weighted_loss(model, batch.rows(a, a + cfg.micro_batch, device), recipe) / scored
+            part.backward()
+            loss += part.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
+            raise ValueError(f"step {step} went wrong: loss {loss.item()}, gradient norm {grad_norm.item()}, learning rate "
+                             f"{learning_rate(step, cfg):.2e}; its update was not made; {checkpoint.last_good(out)}; "
+                             "a lower --lr or --grad_clip usually helps")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-    seconds = time.time() - began
-    metrics.write(json.dumps({
-        "step": step, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": learning_rate(step, cfg),
-        "u_max": u_max(step, recipe), "mask_rate": (batch.masked.sum() / scored).item(),
-        "tokens": (step + 1) * cfg.batch_tokens, "tokens_per_s": cfg.batch_tokens / seconds, "seconds": seconds}) + "\n")
-    bar.update()
-    bar.set_postfix_str(f"loss {loss.item():.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s")
-    if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.max_steps or asked_to_stop:
-        checkpoint.save(out, step + 1, model, optimizer, tok, recipe, {"machine": machine, "config": asdict(cfg)}, cfg.keep)
-    if asked_to_stop:
-        bar.close()
-        print(f"stopped after step {step + 1}; `python train.py … --init_from=resume` continues")
-        sys.exit(128 + asked_to_stop[0])
-bar.close()
+        seconds = time.time() - began
+        metrics.write(json.dumps({
+            "step": step, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": learning_rate(step, cfg),
+            "u_max": u_max(step, recipe), "mask_rate": (batch.masked.sum() / scored).item(),
+            "tokens": (step + 1) * cfg.batch_tokens, "tokens_per_s": cfg.batch_tokens / seconds, "seconds": seconds}) + "\n")
+        bar.update()
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s")
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.max_steps or asked_to_stop:
+            checkpoint.save(out, step + 1, model, optimizer, tok, recipe, {"machine": machine, "config": asdict(cfg)}, cfg.keep)
+        if asked_to_stop:
+            break
+if asked_to_stop:
+    print(f"stopped after step {step + 1}; the same command with --init_from=resume goes on")
+    sys.exit(128 + asked_to_stop[0])
 if cfg.eval_every:
     evaluate(cfg.max_steps)

@@ -1,0 +1,575 @@
+"""The forward process, the loss and the likelihood bound, each against a plain second opinion: loops over blocks,
+quadrature, enumeration with one forward per mask, and a transformer written out in float64.
+
+Statistical tests run on fixed seeds. Each states its bound: 5 standard deviations (two-sided p = 6e-7) unless it says
+otherwise; where it makes C comparisons, its chance of failing on another seed is C times that (Bonferroni).
+"""
+from itertools import combinations
+from math import comb, log
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+import diffusion
+import model
+from diffusion import (NOISE, Noised, Recipe, corrupt, draw_t, every_mask, nelbo, stream, token_losses, u_max,
+                       weighted_loss)
+from test_attention_kernel import ATTENTION_OF, block_of, packed, packings, who_sees
+
+torch.set_num_threads(1)
+VOCAB, MASK, PAD = 12, 11, 10
+NOISY = ["bidirectional", "ar_diffusion", "block"]
+ALL_SHIFTS = [("ar", True)] + [(objective, shift) for objective in NOISY for shift in (False, True)]
+
+
+def make(objective="block", **settings):
+    return Recipe(objective, mask_id=MASK, pad_id=PAD, **settings)
+
+
+def batch(*rows, holes=0.0, seed=0):
+    """x0, doc_start, doc_end, maskable of rows of document lengths. holes: the share of further unmaskable tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    doc_start, doc_end = packed(*rows)
+    x0 = torch.randint(PAD, doc_start.shape, generator=draw)
+    solid = torch.rand(doc_start.shape, generator=draw) >= holes
+    return x0, doc_start, doc_end, solid & (torch.arange(doc_start.shape[1]) != doc_start)
+
+
+def even_blocks(n, blocks, rows=1):
+    """One document a row, of `blocks` blocks of n tokens, all of them maskable."""
+    T = n * blocks
+    return (torch.zeros(rows, T, dtype=torch.int64), torch.zeros(rows, T, dtype=torch.int32),
+            torch.full((rows, T), T, dtype=torch.int32), torch.ones(rows, T, dtype=torch.bool))
+
+
+def noise(data, recipe, seed=3, step=0, epochs=None):
+    return corrupt(*data, recipe, seed, step, range(len(data[0])), len(data[0]), epochs)
+
+
+def noise_blocks(lengths, recipe):
+    """The positions that share a t, a list a block."""
+    firsts = [block_of(i, lengths, recipe.block_size if recipe.objective == "block" else None)[2]
+              for i in range(sum(lengths))]
+    return [[i for i, first in enumerate(firsts) if first == a] for a in sorted(set(firsts))]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values()))
+
+
+def over_t(f, floor=0.0):
+    """E f(max(t, floor)) for t ~ U(0, 1), by Gauss-Legendre quadrature above the floor."""
+    x, w = np.polynomial.legendre.leggauss(64)
+    t = floor + (1 - floor) * (x + 1) / 2
+    return floor * f(floor) + (1 - floor) * (w / 2 * f(t)).sum() if floor else (w / 2 * f(t)).sum()
+
+
+def chi2_p(counts, expected):
+    """P(chi-squared at least this large) where the counts do have these expectations."""
+    statistic = ((np.asarray(counts) - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), torch.tensor(statistic / 2)).item()
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    net = model.Transformer(model.ModelConfig(vocab_size=VOCAB, d_model=8, n_layer=2, n_head=4, n_kv_head=2, head_dim=4,
+                                              d_ff=12, context=64, tie_embeddings=False))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.4)
+    return net
+
+
+def dense_log_p(net, tokens, positions, sees):
+    """(S, vocab) log-probabilities of one row, the model's formulas written out in float64. sees: (S, S) bool."""
+    c, S, x = net.cfg, len(tokens), F.embedding(tokens, net.embed_tokens.weight.double())
+    angle = positions[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+    turn = torch.polar(torch.ones_like(angle), angle)
+
+    def norm(x, layer):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * layer.weight.double()
+
+    def heads(x, layer, rotated):
+        x = (x @ layer.weight.double().T).view(S, -1, c.head_dim).transpose(0, 1)
+        if rotated:
+            z = torch.complex(*x.chunk(2, -1)) * turn
+            x = torch.cat([z.real, z.imag], -1)
+        return x.repeat_interleave(c.n_head // len(x), 0)
+
+    for layer in net.layers:
+        a, h = layer.self_attn, norm(x, layer.input_layernorm)
+        q, k, v = heads(h, a.q_proj, True), heads(h, a.k_proj, True), heads(h, a.v_proj, False)
+        scores = (q @ k.mT / c.head_dim**0.5).masked_fill(~sees, -torch.inf)
+        x = x + (scores.softmax(-1) @ v).transpose(0, 1).reshape(S, -1) @ a.o_proj.weight.double().T
+        h, mlp = norm(x, layer.post_attention_layernorm), layer.mlp
+        gate, up = (h @ m.weight.double().T for m in (mlp.gate_proj, mlp.up_proj))
+        x = x + (gate * gate.sigmoid() * up) @ mlp.down_proj.weight.double().T
+    return (norm(x, net.norm) @ net.lm_head.weight.double().T).log_softmax(-1)
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(objective="ar", shift=False), "shift=False is not possible with objective='ar'"),
+    (dict(objective="block", mask_id=None), "needs a mask token"),
+    (dict(objective="bidirectional", mask_id=None), "needs a mask token"),
+    (dict(block_size=0), "block_size=0 must be 1 or more"),
+    (dict(t_min=0.0), "t_min=0.0 must be in"),
+    (dict(t_min=1.5), "t_min=1.5 must be in"),
+    (dict(u_init=0.0), "u_init=0.0 must be in"),
+    (dict(strategies=()), "must be one triple"),
+    (dict(strategies=(0.1, 0.1, 0.1)), "must be one triple"),
+    (dict(strategies=((0.1, 0.1),)), "must be one triple"),
+    (dict(strategies=((-0.1, 0.0, 0.0),)), "must be one triple"),
+    (dict(strategies=((0.6, 0.6, 0.0),)), "S1 \\+ S2 and S3 at most 1"),
+    (dict(strategies=((0.0, 0.0, 1.1),)), "S1 \\+ S2 and S3 at most 1"),
+    (dict(strategies=((0.1, 0.0, 0.0),), schedule="uniform"), "not 'block' and 'uniform'"),
+    (dict(objective="ar_diffusion", strategies=((0, 0, 0), (0, 0, 1)), schedule="uniform"), "not 'ar_diffusion'"),
+    (dict(objective="bidirectional", strategies=((0.0, 0.0, 0.1),), schedule="count"), "not 'bidirectional' and 'count'"),
+    (dict(objective="bidirectional", strategies=((0.0, 0.1, 0.0),), schedule="uniform", pad_id=None), "need a pad token"),
+])
+def test_impossible_recipes_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(**{"mask_id": MASK, "pad_id": PAD, **settings})
+
+
+def test_shift_is_on_only_in_ar_unless_asked_for():
+    assert Recipe("ar").shift and not any(make(o).shift for o in NOISY) and all(make(o, shift=True).shift for o in NOISY)
+
+
+# --- what is masked -----------------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=100)
+@given(packings(), st.sampled_from(NOISY), st.sampled_from([1, 2, 3, 4, 40]), st.sampled_from(["clipped", "count"]),
+       st.booleans(), st.integers(0, 999))
+def test_a_block_with_something_maskable_is_never_empty(rows, objective, K, schedule, antithetic, seed):
+    recipe = make(objective, block_size=K, schedule=schedule, antithetic=antithetic, u_warmup_steps=5)
+    data = batch(*rows, holes=0.4, seed=seed)
+    noised = noise(data, recipe, seed, step=5 + seed % 3)
+    for row, lengths in enumerate(rows):
+        for block in noise_blocks(lengths, recipe):
+            n, masked = int(data[3][row, block].sum()), noised.masked[row, block]
+            if n == 0:
+                assert not masked.any()
+                continue
+            u = 1 / noised.weight[row, block][masked].double()  # none masked: the next line fails
+            assert len(u) and (u == u[0]).all() and 1 / n - 1e-6 <= u[0] <= 1 + 1e-6
+            assert schedule == "clipped" or round(float(u[0]) * n, 5) == masked.sum()
+
+
+@settings(deadline=None, max_examples=100)
+@given(packings(), st.sampled_from(NOISY), st.sampled_from(["uniform", "clipped", "count"]), st.integers(0, 999),
+       st.booleans())
+def test_unmaskable_tokens_are_left_alone(rows, objective, schedule, seed, strategies):
+    coda = strategies and objective == "bidirectional" and schedule == "uniform" and sum(rows[0]) > 1
+    recipe = make(objective, schedule=schedule, strategies=((0.3, 0.3, 0.5),) if coda else ((0, 0, 0),))
+    data = batch(*rows, holes=0.4, seed=seed)
+    noised = noise(data, recipe, seed)
+    assert not (noised.masked & ~noised.maskable).any() and not (noised.maskable & ~data[3]).any()
+    assert torch.equal(noised.xt, torch.where(noised.masked, MASK, noised.x0))
+    assert torch.equal(noised.weight > 0, noised.masked) and noised.weight.dtype == torch.float32
+    if not coda:
+        assert torch.equal(noised.x0, data[0]) and torch.equal(noised.maskable, data[3])
+
+
+def test_ar_scores_every_maskable_token_with_weight_1():
+    data = batch([5, 1, 6], holes=0.2)
+    noised = noise(data, Recipe("ar", u_warmup_steps=9))
+    assert torch.equal(noised.xt, data[0]) and torch.equal(noised.masked, data[3])
+    assert torch.equal(noised.weight, data[3].float())
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_uniform_leaves_one_block_in_n_plus_1_empty(n):
+    """t_min, here 1e-9, takes n·t_min²/2 off that rate: nothing. Bound: 5 sigma of the binomial, 0.0075 at n = 2."""
+    N = 100_000
+    noised = noise(even_blocks(n, N), make(block_size=n, schedule="uniform", t_min=1e-9, antithetic=False))
+    p = 1 / (n + 1)
+    assert abs((~noised.masked.view(N, n).any(1)).double().mean() - p) < 5 * (p * (1 - p) / N) ** 0.5
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "clipped", "count"])
+def test_each_pattern_of_masks_has_its_probability(schedule):
+    """1e5 blocks of 4, chi-squared over the 16 patterns, bound: p > 1e-6."""
+    n, N = 4, 100_000
+    noised = noise(even_blocks(n, N // 4, rows=4), make(block_size=n, schedule=schedule, antithetic=False))
+    patterns = noised.masked.view(N, n).long() @ torch.tensor([1, 2, 4, 8])
+    m = np.array([p.bit_count() for p in range(16)])
+    if schedule == "count":
+        p = np.array([0 if k == 0 else 1 / (n * comb(n, k)) for k in m])
+    else:
+        floor = 1e-3 if schedule == "uniform" else 1 / n
+        p = np.array([over_t(lambda u: u**k * (1 - u) ** (n - k), floor) for k in m])
+        if schedule == "clipped":  # an empty block gets one mask, in any of its n places
+            p = np.where(m == 1, p + p[0] / n, p) * (m > 0)
+    assert abs(p.sum() - 1) < 1e-12
+    counts = np.bincount(patterns, minlength=16)
+    assert counts[p == 0].sum() == 0 and chi2_p(counts[p > 0], N * p[p > 0]) > 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_weights_of_count(n):
+    """n/m on each of m tokens: a block's weights sum to n. Per position the mean is 1, the second moment H_n: 5 sigma."""
+    N = 50_000
+    w = noise(even_blocks(n, N), make(block_size=n, schedule="count", antithetic=False)).weight.view(N, n).double()
+    assert (w.sum(1) - n).abs().max() < 1e-5
+    H = sum(1 / m for m in range(1, n + 1))
+    for x, mean in ((w, 1.0), (w**2, H)):
+        assert ((x.mean(0) - mean).abs() <= 5 * x.std(0) / N**0.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize("n, reads", [(2, 1.159), (4, 1.113), (8, 1.065)])
+def test_clipped_is_biased_by_a_known_factor(n, reads):
+    """A model with a loss of exactly 1 nat a token reads more than 1, within 5 sigma of the closed form."""
+    class OneNat:
+        def __call__(self, tokens, spans):
+            return torch.zeros(*tokens.shape, 1)
+
+        def token_loss(self, hidden, targets):
+            return torch.ones(len(targets))
+
+    N = 100_000
+    data = even_blocks(n, N)
+    exact = over_t(lambda u: 1 + (1 - u) ** n / (n * u), 1 / n)  # (nu + P(empty)) / (nu), over u = max(t, 1/n)
+    assert round(exact, 3) == reads
+    for schedule, want in (("clipped", exact), ("uniform", 1.0), ("count", 1.0)):
+        recipe = make(block_size=n, schedule=schedule, antithetic=False)
+        noised = noise(data, recipe)
+        sigma = noised.weight.double().view(N, n).sum(1).std().item() / n / N**0.5
+        assert abs(weighted_loss(OneNat(), noised, recipe).item() / (n * N) - want) < 5 * sigma + 1e-5
+
+
+# --- warmup -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_t_stays_under_the_cap_of_the_warmup(antithetic):
+    S, u_init = 10, 0.02
+    recipe = make(u_warmup_steps=S, u_init=u_init, antithetic=antithetic)
+    for step in (0, S // 2, S - 1, S, S + 1):
+        cap = u_init + (1 - u_init) * min(1, step / S)
+        assert u_max(step, recipe) == pytest.approx(cap, rel=1e-15)
+        t = draw_t(stream(0, NOISE, step, 1), np.arange(5000), recipe, 0, step, 1, 2)
+        assert t.min() > 0 and 0.99 * cap < t.max() <= cap and abs(t.mean() / cap - 0.5) < 5 / (12 * 5000) ** 0.5
+    assert u_max(0, make()) == 1  # no warmup
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "clipped", "count"])
+def test_weights_are_1_during_the_warmup_and_1_over_u_after(schedule, monkeypatch):
+    seen = []
+    monkeypatch.setattr(diffusion, "draw_t", lambda *args: seen.append(draw_t(*args)) or seen[-1])
+    recipe = make(schedule=schedule, u_warmup_steps=10)
+    for step in (0, 5, 9, 10, 11):
+        seen.clear()
+        noised = noise(even_blocks(4, 50), recipe, step=step)
+        t = torch.from_numpy(seen[0])[:, None].expand(50, 4).reshape(1, 200)
+        u = {"uniform": t.clamp(min=1e-3), "clipped": t.clamp(min=0.25), "count": (4 * t).ceil() / 4}[schedule]
+        want = torch.ones_like(t) if step < 10 else 1 / u
+        assert t.max() <= u_max(step, recipe)
+        assert torch.equal(noised.weight, torch.where(noised.masked, want, 0.0).float())
+
+
+@pytest.mark.parametrize("schedule, rate, variance", [
+    ("clipped", 0.25 + 0.75**4 / 4, (1.75 + 0.75**4 - (1 + 0.75**4) ** 2) / 16),  # 33 %; of max(1, Binomial(4, 1/4)) / 4
+    ("count", 0.25, 0.0),
+    ("uniform", 0.001, 0.001 * 0.999 / 4)])
+def test_mask_rate_at_the_start_of_the_warmup(schedule, rate, variance):
+    """u_max = 0.1 %, but u has its floor 1/n, n = 4. Bound: 5 sigma of the mean over the blocks, 0.0051 for the 33 %."""
+    N = 20_000
+    noised = noise(even_blocks(4, N), make(schedule=schedule, u_warmup_steps=100), step=0)
+    assert abs(noised.masked.double().mean() - rate) <= 5 * (variance / N) ** 0.5
+
+
+# --- antithetic t -------------------------------------------------------------------------------------------------
+
+def test_antithetic_t_is_uniform_at_every_position():
+    """Kolmogorov-Smirnov distance of each of 15 positions over 3000 steps. Bound: Dvoretzky-Kiefer-Wolfowitz,
+    P(D > sqrt(ln(2/a) / 2N)) <= a, at a = 1e-6 / 15."""
+    B, n_r, N = 3, 5, 3000
+    t = np.array([[draw_t(stream(7, NOISE, step, row), range(n_r), make(), 7, step, row, B) for row in range(B)]
+                  for step in range(N)])
+    t, i = np.sort(t, 0), np.arange(N)[:, None, None]
+    distance = np.maximum((i + 1) / N - t, t - i / N).max(0)  # (B, n_r)
+    assert distance.max() < (log(2 * B * n_r / 1e-6) / (2 * N)) ** 0.5
+
+
+def test_antithetic_mask_counts_are_uniform_at_every_position():
+    """The same through `corrupt`: `count` masks m ~ U{1..4} of each block. Chi-squared at each of 12 positions over
+    1200 steps, bound: p > 1e-6 / 12."""
+    B, n_r, N = 3, 4, 1200
+    data, recipe = even_blocks(4, n_r, rows=B), make(schedule="count")
+    m = torch.stack([noise(data, recipe, step=step).masked.view(B * n_r, 4).sum(1) for step in range(N)])
+    assert min(chi2_p(torch.bincount(m[:, k], minlength=5)[1:].numpy(), N / 4) for k in range(B * n_r)) > 1e-6 / 12
+
+
+@settings(deadline=None, max_examples=60)
+@given(packings(max_T=24, max_rows=5), st.sampled_from(NOISY), st.sampled_from([1, 2, 4]), st.integers(0, 99))
+def test_antithetic_t_is_stratified_exactly(rows, objective, K, step):
+    """A row's n_r values fall one into each ((k-1)/n_r, k/n_r], all into the same of its B parts, another one a row."""
+    recipe, data, B = make(objective, block_size=K), batch(*rows, holes=0.3, seed=step), len(rows)
+    seen = {}
+
+    def spy(draw, blocks, recipe, seed, step, row, batch_rows):
+        assert batch_rows == B
+        seen[row] = draw_t(draw, blocks, recipe, seed, step, row, batch_rows)
+        return seen[row]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion, "draw_t", spy)
+        noised = noise(data, recipe, step=step)
+    parts = set()
+    for row, lengths in enumerate(rows):
+        blocks = [b for b in noise_blocks(lengths, recipe) if data[3][row, b].any()]
+        t = seen[row]
+        stratum = np.ceil(t * len(blocks))
+        assert sorted(stratum) == list(range(1, len(blocks) + 1))
+        place = (t * len(blocks) - stratum + 1) * B
+        part = set(np.ceil(place))
+        assert len(part) <= 1 and not part & parts and part <= set(range(1, B + 1))
+        parts |= part
+        assert len(set(np.round(place, 9))) == len(blocks)  # U is each block's own
+        for b, t_b in zip(blocks, t):  # and each block gets its own
+            u = np.float32(1 / max(t_b, 1 / int(data[3][row, b].sum())))
+            assert (noised.weight[row, b] == torch.where(noised.masked[row, b], float(u), 0.0)).all()
+
+
+def test_rows_do_not_share_their_order():
+    """Two rows put 5 blocks into the same order once in 120 steps. Bound: 5 sigma of the binomial."""
+    N = 3000
+    t = np.array([[draw_t(stream(1, NOISE, step, row), range(5), make(), 1, step, row, 4) for row in (0, 1)]
+                  for step in range(N)])
+    together = (t.argsort(-1)[:, 0] == t.argsort(-1)[:, 1]).all(-1).mean()
+    assert abs(together - 1 / 120) < 5 * (1 / 120 / N) ** 0.5
+
+
+# --- every draw is a function of (seed, step, global row) ---------------------------------------------------------
+
+@pytest.mark.parametrize("recipe", [make(), make(schedule="count"), make("ar_diffusion", antithetic=False),
+                                    make("bidirectional", schedule="uniform", strategies=((0, 0, 0), (0.3, 0.3, 0.5)))])
+def test_any_rank_can_compute_its_own_rows(recipe):
+    data, epochs = batch([40], [1] * 40, [13, 2, 25], [30, 10], [7, 33], [20, 20], holes=0.2), np.array([0, 1, 1, 0, 1, 1])
+    whole = noise(data, recipe, step=4, epochs=epochs)
+    for rows in ([0], [2, 3], [5, 0, 3], [3, 4, 5]):
+        part = corrupt(*(x[rows] for x in data), recipe, 3, 4, rows, 6, epochs[rows])
+        assert same(part, Noised(*(x[rows] for x in vars(whole).values())))
+
+
+def test_draws_depend_on_seed_step_and_row():
+    data, recipe = even_blocks(4, 32, rows=3), make()
+    masks = [row for seed, step in ((3, 0), (3, 1), (4, 0), (0, 3)) for row in noise(data, recipe, seed, step).masked]
+    assert not any(torch.equal(a, b) for a, b in combinations(masks, 2))
+    assert same(noise(data, recipe), noise(data, recipe))
+
+
+# --- CoDA's progressive masking -----------------------------------------------------------------------------------
+
+def test_s3_masks_every_token_at_its_documents_rate(monkeypatch):
+    """Packed documents, their first and last tokens too, holes among them; t is 0.2, 0.5, 0.9, 0.35 in the four.
+    6000 rows, 5 sigma, at 32 tokens and for pairs at 4 distances, which tell that k is uniform in {2, 4, 8}."""
+    N, lengths, rates = 6000, [1, 2, 9, 20], np.array([0.2, 0.5, 0.9, 0.35])
+    monkeypatch.setattr(diffusion, "draw_t", lambda draw, blocks, *_: rates[:len(blocks)])
+    doc_start, doc_end = packed(*[lengths] * N)
+    maskable = torch.ones(N, 32, dtype=torch.bool)
+    maskable[:, [7, 31]] = False
+    recipe = make("bidirectional", schedule="uniform", strategies=((0.0, 0.0, 1.0),))
+    noised = corrupt(torch.zeros(N, 32, dtype=torch.int64), doc_start, doc_end, maskable, recipe, 5, 0, range(N), N)
+
+    t = np.repeat(rates, lengths)
+    want = np.where(maskable[0], t, 0)
+    masked = noised.masked.numpy()
+    assert (np.abs(masked.mean(0) - want) <= 5 * np.sqrt(want * (1 - want) / N)).all()
+    assert torch.equal(noised.weight, torch.where(noised.masked, torch.from_numpy(1 / t).float(), 0))
+    for d in (1, 2, 4, 8):  # k + min(d, k) starts leave alone two tokens of the last document that are d apart
+        alone = (~masked[:, 12:31 - d] & ~masked[:, 12 + d:31]).mean(1)  # (N,)
+        want = np.mean([(1 - 0.35) ** (1 + min(d, k) / k) for k in (2, 4, 8)])
+        assert abs(alone.mean() - want) <= 5 * alone.std() / N**0.5
+
+
+def test_s1_s2_s3_rates(monkeypatch):
+    """3000 rows at 30 %, 20 % and 40 %, 5 sigma. S1 and S2 never meet; S3 comes on its own. Where the two cut is
+    uniform in [1, T): chi-squared, p > 1e-6."""
+    N, T, rates = 3000, 24, (0.3, 0.2, 0.4)
+    s3_rows, span_mask_row, corrupt_row = [], diffusion.span_mask_row, diffusion.corrupt_row
+
+    def spy(x0, first, doc_start, maskable, recipe, seed, step, row, *rest):
+        s3_rows.append(False)
+        return corrupt_row(x0, first, doc_start, maskable, recipe, seed, step, row, *rest)
+
+    monkeypatch.setattr(diffusion, "corrupt_row", spy)
+    monkeypatch.setattr(diffusion, "span_mask_row", lambda *a: s3_rows.__setitem__(-1, True) or span_mask_row(*a))
+    noised = noise(even_blocks(T, 1, rows=N), make("bidirectional", schedule="uniform", strategies=(rates,)))
+    s1, s2, s3 = ~noised.maskable[:, 0], noised.x0[:, -1] == PAD, torch.tensor(s3_rows)
+    assert not (s1 & s2).any()
+    for found, p in ((s1, 0.3), (s2, 0.2), (s3, 0.4), (s1 & s3, 0.12), (s2 & s3, 0.08)):
+        assert abs(found.double().mean() - p) < 5 * (p * (1 - p) / N) ** 0.5
+
+    i, cut = torch.arange(T), noised.maskable.sum(1, keepdim=True)
+    assert torch.equal(noised.maskable[s1], (i >= T - cut)[s1])
+    assert torch.equal(noised.maskable[s2], (i < cut)[s2])
+    assert noised.maskable[~s1 & ~s2].all()
+    assert torch.equal(noised.x0 == PAD, s2[:, None] & (i >= cut))
+    assert torch.equal(noised.xt == PAD, noised.x0 == PAD) and (noised.x0[noised.x0 != PAD] == 0).all()
+    for rows in (s1, s2):
+        counts = torch.bincount(cut[rows, 0], minlength=T)[1:].numpy()
+        assert len(counts) == T - 1 and counts.min() > 0 and chi2_p(counts, rows.sum().item() / (T - 1)) > 1e-6
+
+
+def test_the_epoch_picks_the_rates_and_the_last_ones_stay():
+    recipe = make("bidirectional", schedule="uniform", strategies=((0, 0, 0), (1, 0, 0), (0, 1, 0)))
+    noised = noise(even_blocks(16, 1, rows=5), recipe, epochs=np.array([0, 1, 2, 3, 9]))
+    assert (~noised.maskable[:, 0]).tolist() == [False, True, False, False, False]
+    assert (noised.x0[:, -1] == PAD).tolist() == [False, False, True, True, True]
+    assert noise(even_blocks(16, 1), recipe).maskable.all()  # no epochs: the first
+
+
+# --- the loss -----------------------------------------------------------------------------------------------------
+
+def plain_loss(net, noised, recipe, rows):
+    """Σ weight · -log p from all the logits of one row after another, read where the objectives' definition says."""
+    size, noisy = ATTENTION_OF[recipe.objective]
+    K, total = recipe.block_size if size == "K" else size, 0.0
+    for r, lengths in enumerate(rows):
+        T = sum(lengths)
+        positions = torch.tensor([i - block_of(i, lengths, K)[0] for i in range(T)])
+        tokens, copies = (torch.cat([noised.xt[r], noised.x0[r]]), 2) if noisy else (noised.xt[r], 1)
+        log_p = dense_log_p(net, tokens, positions.repeat(copies), who_sees(lengths, K, noisy))
+        for i in noised.masked[r].nonzero()[:, 0].tolist():
+            at = i - 1 if recipe.shift else i
+            if recipe.shift and noisy and block_of(i, lengths, K)[2] == i:
+                at = T + i - 1  # the clean half's
+            total = total - noised.weight[r, i].double() * log_p[at, noised.x0[r, i]]
+    return total
+
+
+@pytest.mark.parametrize("chunk", [3, None])
+@pytest.mark.parametrize("objective, shift", ALL_SHIFTS)
+def test_weighted_loss_and_gradients_from_full_logits(objective, shift, chunk, monkeypatch):
+    if chunk:
+        monkeypatch.setattr(model, "LOGITS_AT_ONCE", chunk * VOCAB + 1)
+    rows, net = [[9, 1, 11], [21], [4, 4, 13]], small_model()
+    recipe = make(objective, shift=shift, block_size=3)
+    noised = noise(batch(*rows, holes=0.1), recipe)
+    assert noised.masked.sum() > 10
+    losses = token_losses(net, noised, recipe)
+    assert losses.shape == (int(noised.masked.sum()),) and losses.dtype == torch.float32
+    got, want = weighted_loss(net, noised, recipe), plain_loss(net, noised, recipe, rows)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(got, list(net.parameters())), torch.autograd.grad(want, list(net.parameters()))):
+        assert (a - b).norm() <= 2e-5 * b.norm()
+
+
+@pytest.mark.parametrize("objective, shift", ALL_SHIFTS)
+def test_micro_batches_sum_to_the_whole(objective, shift):
+    net, recipe = small_model(), make(objective, shift=shift)
+    noised = noise(batch([9, 1, 11], [21], [4, 4, 13], [2] * 10 + [1], [20, 1]), recipe)
+    whole = weighted_loss(net, noised, recipe)
+    parts = sum(weighted_loss(net, noised.rows(a, b, "cpu"), recipe) for a, b in ((0, 2), (2, 3), (3, 5)))
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+    for a, b in zip(*(torch.autograd.grad(x, list(net.parameters())) for x in (parts, whole))):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("objective, shift", ALL_SHIFTS)
+def test_nothing_to_score_is_a_loss_of_0(objective, shift):
+    net, recipe = small_model(), make(objective, shift=shift)
+    loss = weighted_loss(net, noise(batch([1, 1, 1]), recipe), recipe)
+    loss.backward()
+    assert loss.item() == 0 and all((p.grad == 0).all() for p in net.parameters() if p.grad is not None)
+
+
+# --- the likelihood bound -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_every_mask_has_the_integral_as_its_weight(n):
+    """1/(m·C(n,m)) against quadrature of t^(m-1) (1-t)^(n-m), to 1e-10, and every mask once."""
+    data = batch([1, n + 1])  # the document's first token is context
+    found = list(every_mask(Noised(data[0], data[0], data[3], data[3], data[3].float(), *data[1:3]), make("bidirectional")))
+    assert {tuple(noised.masked[0, 2:].tolist()) for noised in found} == {
+        tuple(i in chosen for i in range(n)) for m in range(1, n + 1) for chosen in combinations(range(n), m)}
+    assert len(found) == 2**n - 1
+    for noised in found:
+        m = int(noised.masked.sum())
+        integral = over_t(lambda t: t ** (m - 1) * (1 - t) ** (n - m))
+        assert abs(1 / (m * comb(n, m)) - integral) < 1e-10
+        assert noised.weight[noised.masked].tolist() == pytest.approx([integral] * m, rel=1e-7)  # float32
+        assert torch.equal(noised.xt, torch.where(noised.masked, MASK, data[0]))
+
+
+def brute_nelbo(net, data, recipe, rows):
+    """Block after block, mask after mask: a forward of the clean past and the block alone, under block-causal attention."""
+    x0, _, _, maskable = data
+    size, total = ATTENTION_OF[recipe.objective][0], 0.0
+    for r, lengths in enumerate(rows):
+        for block in noise_blocks(lengths, recipe):
+            doc, chosen = block_of(block[0], lengths, None)[0], [i for i in block if maskable[r, i]]
+            position = torch.arange(block[-1] + 1 - doc)
+            K = {"K": recipe.block_size, None: len(position), 1: 1}[size]
+            sees = position < position[:, None] // K * K + K
+            for m in range(1, len(chosen) + 1):
+                for masked in combinations(chosen, m):
+                    tokens = x0[r, doc:block[-1] + 1].clone()
+                    tokens[[i - doc for i in masked]] = MASK
+                    log_p = dense_log_p(net, tokens, position, sees)
+                    total -= sum(log_p[i - doc - recipe.shift, x0[r, i]].item() for i in masked) / (m * comb(len(chosen), m))
+    return total
+
+
+@pytest.mark.parametrize("objective, K, shift", [("block", 2, False), ("block", 2, True), ("block", 3, False),
+                                                 ("block", 3, True), ("block", 4, False), ("block", 4, True),
+                                                 ("bidirectional", 1, False), ("ar_diffusion", 1, True)])
+def test_the_nelbo_is_exact_in_short_blocks(objective, K, shift):
+    rows = [[6, 1, 2, 5], [14]] if objective == "block" else [[6, 1, 2, 5]]
+    net, data, recipe = small_model(), batch(*rows, holes=0.1), make(objective, block_size=K, shift=shift)
+    nats, variance = nelbo(net, *data, recipe)
+    with torch.no_grad():
+        assert nats == pytest.approx(brute_nelbo(net, data, recipe, rows), rel=1e-5) and variance == 0
+
+
+@pytest.mark.parametrize("objective, lengths, exact_up_to", [
+    ("bidirectional", [7, 4, 3], 0), ("bidirectional", [11, 4], 10), ("ar_diffusion", [11, 4], 10), ("block", [9, 7], 0)])
+def test_the_nelbo_by_monte_carlo_agrees_with_the_exact_one(objective, lengths, exact_up_to, monkeypatch):
+    """A document of 10 maskable tokens is enumerated after all, or shorter ones are not. Bound: 5 standard errors."""
+    net, data, recipe = small_model(), batch(lengths), make(objective, block_size=3)
+    if exact_up_to:
+        mean, variance = nelbo(net, *data, recipe, draws=500)
+        monkeypatch.setattr(diffusion, "EXACT_UP_TO", exact_up_to)
+        exact, zero = nelbo(net, *data, recipe)
+    else:
+        exact, zero = nelbo(net, *data, recipe)
+        monkeypatch.setattr(diffusion, "EXACT_UP_TO", 0)
+        mean, variance = nelbo(net, *data, recipe, draws=500)
+    assert zero == 0 and 0 < variance**0.5 < 0.01 * exact and abs(mean - exact) < 5 * variance**0.5
+
+
+def test_the_nelbo_enumerates_up_to_8_and_each_row_has_its_own_masks():
+    net, recipe = small_model(), make("bidirectional")
+    assert nelbo(net, *batch([9]), recipe)[1] == 0 < nelbo(net, *batch([10]), recipe)[1]
+    data = batch([12], [10, 2], [12])
+    whole = nelbo(net, *data, recipe, seed=2)[0]
+    parts = [nelbo(net, *(x[row:row + 1] for x in data), recipe, seed=2, rows=[row])[0] for row in range(3)]
+    assert whole == pytest.approx(sum(parts), rel=1e-6)
+    assert whole != pytest.approx(nelbo(net, *data, recipe, seed=3)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_at_block_size_1_the_nelbo_is_the_chain_rule(shift):
+    """-Σ log p(x_i | x_<i, <mask> at i), a causal forward for each i; with shift the likelihood of `ar`, too."""
+    rows = [[7, 1, 5], [13]]
+    net, (x0, *rest) = small_model(), batch(*rows)
+    nats, variance = nelbo(net, x0, *rest, make(block_size=1, shift=shift))
+    want = 0.0
+    with torch.no_grad():
+        for r, lengths in enumerate(rows):
+            for i in range(13):
+                a = block_of(i, lengths, None)[0]
+                if i > a:
+                    tokens = torch.cat([x0[r, a:i], torch.tensor([MASK])])
+                    causal = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
+                    log_p = dense_log_p(net, tokens, torch.arange(len(tokens)), causal)
+                    want -= log_p[-2 if shift else -1, x0[r, i]].item()
+        assert nats == pytest.approx(want, rel=1e-5) and variance == 0
+        if shift:
+            ar = make("ar")
+            assert nats == pytest.approx(nelbo(net, x0, *rest, ar)[0], rel=1e-5)
+            assert nats == pytest.approx(weighted_loss(net, noise((x0, *rest), ar), ar).item(), rel=1e-5)

@@ -1,0 +1,219 @@
+"""train.py from the outside: the same numbers however it is interrupted or split, and one sentence for every mistake."""
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+WALL_CLOCK = {"seconds", "tokens_per_s"}
+TINY = ["--context=32", "--batch_tokens=256", "--micro_batch=4", "--d_model=32", "--n_layer=2", "--n_head=2", "--n_kv_head=1",
+        "--head_dim=16", "--d_ff=48", "--max_steps=24", "--save_every=5", "--eval_every=10", "--eval_windows=6",
+        "--lr_warmup_steps=4", "--threads=1", "--eval_draws=2"]
+
+
+def command(data, out, *more):
+    return [sys.executable, "train.py", *TINY, f"--data={data}", f"--out={out}", *more]
+
+
+def train(data, out, *more):
+    """A run to its end, in this process: starting one costs more than these few steps."""
+    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = command(data, out, *more)[1:]
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    finally:
+        sys.argv, sys.excepthook = argv, sys.__excepthook__
+        torch.use_deterministic_algorithms(False)
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def train_outside(data, out, *more, **kwargs):
+    return subprocess.run(command(data, out, *more), cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in m.items() if k not in WALL_CLOCK} for m in lines]
+
+
+def weights(out):
+    return (out / (out / "latest").read_text() / "model.safetensors").read_bytes()
+
+
+OBJECTIVES = {
+    "ar": ["--objective=ar"],
+    "block": ["--objective=block", "--u_warmup_steps=12"],
+    "bidirectional": ["--objective=bidirectional", "--schedule=uniform", "--strategies=((0.2,0.2,0.3),(0.3,0.3,0.5))"],
+    "ar_diffusion": ["--objective=ar_diffusion", "--schedule=count", "--shift=true"],
+}
+
+
+@pytest.mark.parametrize("objective", ["block", *(pytest.param(o, marks=pytest.mark.slow) for o in OBJECTIVES if o != "block")])
+@pytest.mark.parametrize("dtype", ["auto", pytest.param("float32", marks=pytest.mark.slow)])
+def test_a_run_killed_anywhere_and_resumed_gives_the_same_bits(data_folder, tmp_path, objective, dtype):
+    settings = [*OBJECTIVES[objective], f"--dtype={dtype}"]
+    train(data_folder, tmp_path / "whole", *settings)
+    kill_at = [random.Random(objective + dtype).randrange(9, 20), 22]  # metric lines written before the kill; twice
+    for n, lines in enumerate(kill_at):
+        more = ["--init_from=resume"] if n else []
+        run = subprocess.Popen(command(data_folder, tmp_path / "killed", *settings, *more), cwd=ROOT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+        file = tmp_path / "killed" / "metrics.jsonl"
+        while run.poll() is None and (not file.exists() or file.read_text().count("\n") < lines):
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    train(data_folder, tmp_path / "killed", *settings, "--init_from=resume")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moment", ["safetensors.torch.save_file", "torch.save", "os.replace"])
+def test_killed_during_a_save_the_previous_checkpoint_is_intact(data_folder, tmp_path, moment):
+    """The n-th call of the function that a save is in the middle of kills the process, half of its work done."""
+    script = f"""
+import os, signal, sys, runpy, {moment.rsplit('.', 1)[0]} as module
+real, name = module.{moment.rsplit('.', 1)[1]}, "{moment.rsplit('.', 1)[1]}"
+def deadly(*a, **k):
+    latest = "{tmp_path}/run/latest"
+    saving_10 = os.path.exists(latest) and open(latest).read() == "step_0000005"
+    if saving_10 and (name != "replace" or "latest" in str(a[0])):
+        if name != "replace": open(a[1], "wb").write(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a, **k)
+setattr(module, name, deadly)
+runpy.run_path("train.py", run_name="__main__")
+"""
+    run = subprocess.run([sys.executable, "-c", script, *command(data_folder, tmp_path / "run")[2:]], cwd=ROOT, capture_output=True)
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    assert (tmp_path / "run" / "latest").read_text() == "step_0000005"
+    train(data_folder, tmp_path / "run", "--init_from=resume")
+    train(data_folder, tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert not list((tmp_path / "run").glob("*.tmp")), "leftovers of the interrupted save were not cleared"
+
+
+def test_ctrl_c_leaves_a_usable_checkpoint(data_folder, tmp_path):
+    run = subprocess.Popen(command(data_folder, tmp_path / "run", "--save_every=1000"), cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    printed, errors = run.communicate()
+    assert run.returncode == 130 and "--init_from=resume" in printed and "Traceback" not in errors
+    train(data_folder, tmp_path / "run", "--init_from=resume")
+    train(data_folder, tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_accumulation_changes_nothing_but_rounding(data_folder, tmp_path):
+    for name, rows in (("one", 8), ("many", 1)):
+        train(data_folder, tmp_path / name, f"--micro_batch={rows}", "--dtype=float32", "--eval_every=0")
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many")):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)  # 24 steps let float32 rounding grow
+        assert a["mask_rate"] == b["mask_rate"]
+
+
+@pytest.mark.slow
+def test_compiled_runs_give_the_same_bits_and_the_eager_loss(data_folder, tmp_path):
+    for name in ("first", "second"):
+        train(data_folder, tmp_path / name, "--compile=true", "--dtype=float32")
+    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    train(data_folder, tmp_path / "eager", "--dtype=float32")
+    for a, b in zip(metrics(tmp_path / "first"), metrics(tmp_path / "eager")):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-3)
+
+
+def test_block_diffusion_continues_from_autoregressive_weights(data_folder, tmp_path):
+    train(data_folder, tmp_path / "ar", "--objective=ar", "--lr=0.01", "--max_steps=40")
+    train(data_folder, tmp_path / "block", f"--init_from={tmp_path / 'ar'}", "--objective=block")
+    train(data_folder, tmp_path / "fresh", "--objective=block")
+    last = {name: [m for m in metrics(tmp_path / name) if "val_nelbo" in m][-1]["val_nelbo"] for name in ("block", "fresh")}
+    assert last["block"] < last["fresh"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(data_folder, tmp_path):
+    train(data_folder, tmp_path / "run", "--max_steps=5")
+    good = weights(tmp_path / "run")
+    run = train_outside(data_folder, tmp_path / "run", "--init_from=resume", "--lr=1e30", "--grad_clip=1e30", "--weight_decay=0")
+    error = run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert error.startswith("error: step ") and "step_0000005" in error
+    assert weights(tmp_path / "run") == good
+
+
+def test_a_disk_that_fills_up_while_saving_loses_nothing(data_folder, tmp_path):
+    resource = pytest.importorskip("resource")
+    train(data_folder, tmp_path / "run", "--max_steps=5")
+    good = weights(tmp_path / "run")
+    limit = len(good) // 2  # no file may grow larger: writing the weights fails half way
+    run = train_outside(data_folder, tmp_path / "run", "--init_from=resume", preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit)))
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    assert "could not save" in run.stderr and "step_0000005" in run.stderr.splitlines()[-1]
+    assert weights(tmp_path / "run") == good and not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--data=/nowhere"], "no tokenizer at /nowhere"),
+    (["--n_head=3", "--n_kv_head=2"], "n_kv_head=2 must divide n_head=3"),
+    (["--batch_tokens=100"], "multiple of context=32, such as 96"),
+    (["--context=100000000", "--batch_tokens=100000000"], "context=100000000 is longer than"),
+    (["--objectve=ar"], "did you mean 'objective'"),
+    (["--max_steps=many"], "max_steps='many' does not fit: max_steps is an int"),
+    (["--objective=arr"], "objective is one of ar, bidirectional"),
+    (["--objective=ar", "--shift=false"], "shift=False is not possible"),
+    (["--objective=block", "--strategies=((0.1,0.1,0.1),)"], "need objective='bidirectional'"),
+    (["--lr=-1"], "lr=-1.0 must be above 0"),
+    (["--init_from=/nowhere"], "no checkpoint in /nowhere"),
+    (["--init_from=resume"], "no checkpoint in"),
+    (["--device=cuda"], "device='cuda' is not available"),
+])
+def test_mistakes_end_in_one_sentence(data_folder, tmp_path, more, says):
+    if "--device=cuda" in more and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises((ValueError, OSError), match=says.replace("(", r"\(")) as error:
+        train(data_folder, tmp_path / "run", *more)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_ends_before_training(data_folder, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    run = train_outside(data_folder, tmp_path / "file" / "run")
+    assert run.returncode == 1 and "Traceback" not in run.stderr and run.stderr.startswith("error: ")
+
+
+def test_a_finished_run_is_not_overwritten_and_foreign_or_damaged_checkpoints_are_refused(data_folder, tmp_path):
+    train(data_folder, tmp_path / "run", "--max_steps=5")
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(data_folder, tmp_path / "run")
+    with pytest.raises(ValueError, match="n_layer=3 was asked for"):
+        train(data_folder, tmp_path / "new", f"--init_from={tmp_path / 'run'}", "--n_layer=3")
+
+    other = tmp_path / "other_data"
+    subprocess.run([sys.executable, "-m", "data.stdlib.prepare", f"--source={ROOT}", f"--out={other}", "--vocab_size=300",
+                    "--val_percent=30"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        train(other, tmp_path / "new", f"--init_from={tmp_path / 'run'}")
+
+    checkpoint = tmp_path / "run" / "step_0000005"
+    for name in ("model.safetensors", "state/optimizer.pt", "config.json"):
+        whole = (checkpoint / name).read_bytes()
+        os.truncate(checkpoint / name, len(whole) // 2)
+        with pytest.raises((ValueError, OSError), match="damaged"):
+            train(data_folder, tmp_path / "run", "--init_from=resume")
+        (checkpoint / name).unlink()
+        with pytest.raises((ValueError, OSError), match="missing|no checkpoint"):
+            train(data_folder, tmp_path / "run", "--init_from=resume")
+        (checkpoint / name).write_bytes(whole)

@@ -48,6 +48,10 @@ class Recipe:
     pad_id: int | None = None
 
     def __post_init__(self):
+        for name, allowed in (("objective", ("ar", "bidirectional", "ar_diffusion", "block")),
+                              ("schedule", ("uniform", "clipped", "count"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}")
         self.shift = self.objective == "ar" if self.shift is None else self.shift
         if self.objective == "ar" and not self.shift:
             raise ValueError("shift=False is not possible with objective='ar': position i - 1 predicts token i")
@@ -58,9 +62,10 @@ class Recipe:
         for name in ("t_min", "u_init"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in (0, 1]")
-        triples = all(isinstance(s, (tuple, list)) and len(s) == 3 and min(s) >= 0 and s[0] + s[1] <= 1 and s[2] <= 1
-                      for s in self.strategies)
-        if not self.strategies or not triples:
+        def is_triple(s):
+            return (isinstance(s, (tuple, list)) and len(s) == 3 and all(isinstance(p, (int, float)) and p >= 0 for p in s)
+                    and s[0] + s[1] <= 1 and s[2] <= 1)
+        if not isinstance(self.strategies, (tuple, list)) or not self.strategies or not all(map(is_triple, self.strategies)):
             raise ValueError(f"strategies={self.strategies} must be one triple (S1, S2, S3) of rates an epoch, "
                              "such as ((0.01, 0.01, 0.05), (0.05, 0.05, 0.1)), with S1 + S2 and S3 at most 1")
         if any(map(any, self.strategies)):
@@ -291,7 +296,7 @@ def nelbo(model, x0, doc_start, doc_end, maskable, recipe, draws=8, seed=0, rows
         return weighted_loss(model, clean, recipe).item(), 0.0
     first = block_firsts(doc_start, recipe)
     if torch.zeros_like(first).scatter_add(1, first, maskable.long()).max() <= EXACT_UP_TO:
-        return sum(weighted_loss(model, noised, recipe).item() for noised in every_mask(clean, recipe)), 0.0
+        return sum((weighted_loss(model, noised, recipe).item() for noised in every_mask(clean, recipe)), 0.0), 0.0
 
     plain = Recipe(recipe.objective, recipe.shift, recipe.block_size, "count", antithetic=False, mask_id=recipe.mask_id)
     host = [x.cpu() for x in (x0, doc_start, doc_end, maskable)]

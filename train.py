@@ -239,7 +239,7 @@ for sig in (signal.SIGINT, signal.SIGTERM):
     signal.signal(sig, lambda s, _: asked_to_stop.append(s) if not asked_to_stop else sys.exit(128 + s))
 
 # --- train --------------------------------------------------------------------------------------------------------
-with tqdm(total=cfg.max_steps, initial=start, unit="step", dynamic_ncols=True) as bar:  # closed, it ends its line
+with tqdm(total=cfg.max_steps, initial=start, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:  # closed, it ends its line
     for step, batch in zip(range(start, cfg.max_steps), prefetch(make_batch, start, cfg.max_steps)):
         began = time.time()
         if cfg.eval_every and step % cfg.eval_every == 0:

@@ -1,4 +1,5 @@
 """model.py: the same numbers as transformers' Llama, Qwen2 and Qwen3; documents, cache and chunks that change nothing."""
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -56,9 +57,10 @@ def ours(seed=0, **changes):
 
 def spans_of(lengths, K, rows=1):
     """Spans of rows that hold documents of these lengths in blocks of K (None: one block each)."""
-    ends = torch.tensor(lengths).cumsum(0)
-    start, end = (torch.repeat_interleave(x, torch.tensor(lengths)).int().expand(rows, -1) for x in (ends - torch.tensor(lengths), ends))
-    return Spans.of(start.contiguous(), end.contiguous(), K)
+    lengths = torch.tensor(lengths)
+    ends = lengths.cumsum(0)
+    start, end = (x.repeat_interleave(lengths).int().repeat(rows, 1) for x in (ends - lengths, ends))
+    return Spans.of(start, end, K)
 
 
 def additive_mask(lengths, K):
@@ -99,7 +101,7 @@ def test_we_read_transformers_folder_and_give_the_same_logits(tmp_path, tok_file
     sizes = SIZES | VARIANTS[variant]
     hf = {name: sizes[mine] for mine, name in checkpoint.HF_NAMES.items()}
     rope = {"rope_type": "default", "rope_theta": hf.pop("rope_theta")}
-    config = transformers.AutoConfig.for_model(family, **hf, rope_parameters=rope, pad_token_id=None, bos_token_id=0, eos_token_id=1)
+    config = transformers.AutoConfig.for_model(family, **hf, rope_parameters=rope, bos_token_id=0, eos_token_id=1)
     theirs = randomised(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
     theirs.save_pretrained(tmp_path)
     shutil.copyfile(tok_file, tmp_path / "tokenizer.json")
@@ -141,9 +143,19 @@ def test_rope_turns_channel_pairs_by_position_times_a_power_of_theta():
     torch.testing.assert_close(sin[0, 0], torch.stack([torch.zeros(4), angles.sin()]))
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_positions_restart_at_documents(monkeypatch, noisy):
+    """RoPE is relative, so no output would tell: look at what is turned by how much."""
+    seen = []
+    monkeypatch.setattr(model_file, "rope_angles", lambda positions, *rest: seen.append(positions) or rope_angles(positions, *rest))
+    spans = dataclasses.replace(spans_of([3, 1, 2], 2), noisy=noisy)
+    ours()(torch.arange(6).repeat(1 + noisy)[None], spans)
+    assert [p.tolist() for p in seen] == [[[0, 1, 2, 0, 0, 1] * (1 + noisy)]]
+
+
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4), K=st.sampled_from([None, 1, 2, 4]), family=st.sampled_from([*FAMILIES]),
-       seed=st.integers(0, 99))
+@given(lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4), K=st.sampled_from([None, 1, 2, 4]),
+       family=st.sampled_from([*FAMILIES]), seed=st.integers(0, 99))
 @torch.no_grad()
 def test_packed_documents_are_what_each_is_alone(lengths, K, family, seed):
     net = ours(seed, **FAMILIES[family]).double()  # sums of other lengths round otherwise
@@ -157,7 +169,7 @@ def test_the_clean_half_does_not_see_the_noise_and_the_noisy_half_restarts_its_p
     net, lengths, K = ours().double(), [7, 6], 4
     x0, xt = torch.randint(SIZES["vocab_size"], (2, 1, 13), generator=torch.Generator().manual_seed(2))
     spans = spans_of(lengths, K)
-    both = net(torch.cat([xt, x0], 1), Spans(spans.doc_start, spans.doc_end, spans.block_start, spans.block_end, noisy=True))
+    both = net(torch.cat([xt, x0], 1), dataclasses.replace(spans, noisy=True))
     torch.testing.assert_close(both[:, 13:], net(x0, spans), atol=1e-6, rtol=0)
     for a, b in ((0, 4), (4, 7), (7, 11), (11, 13)):  # a noisy block is that block at the end of clean ones
         text = x0.clone()

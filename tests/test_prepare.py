@@ -66,8 +66,8 @@ def prepared(tmp_path_factory):
     """(source, out, what was printed) of one run over TEXTS and over files that it must leave out. Not to be changed."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("work") / "made" / "by it"
     write_tree(source, TEXTS)
-    write_tree(source, {"z_copy.py": TEXTS["m0.py"], "latin.py": "# é\n".encode("latin-1"), "empty.py": b"", "notes.txt": "no code",
-                        "folder.py/x.txt": "a folder with a suffix"})
+    write_tree(source, {"z_copy.py": TEXTS["m0.py"], "latin.py": "# é\n".encode("latin-1"), "empty.py": b"",
+                        "notes.txt": "no code", "folder.py/x.txt": "a folder with a suffix"})
     skipped = ["test", "tests", "site-packages", "dist-packages", "__pycache__", "lib2to3", "idle_test"]
     write_tree(source, {f"{where}{name}/skipped_{name}.py": "skipped = 1\n" for name in skipped for where in ("", "a/")})
     return source, out, prepare(source, out)

@@ -43,11 +43,11 @@ def configure(Config, argv=None):
         print_help(Config)
         raise SystemExit(0)
     types_of = {f.name: f.type for f in fields(Config)}
-    values = {}
+    in_file, typed = {}, {}
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            values.update(read_file(word, types_of))
+            in_file.update(read_file(word, types_of))
             continue
         key, has_value, text = word[2:].partition("=")
         check_key(key, types_of, "the command line")
@@ -55,7 +55,8 @@ def configure(Config, argv=None):
             if not words:
                 raise ValueError(f"--{key} needs a value: --{key}={getattr(Config, key, '…')}")
             text = words.pop(0)
-        values[key] = parse(key, text, types_of[key])
+        typed[key] = parse(key, text, types_of[key])
+    values = in_file | typed
     return Config(**values), set(values)
 
 
@@ -83,14 +84,19 @@ def check_key(key, types_of, where):
 
 
 def parse(key, text, kind):
-    """The value that the command line's `text` stands for: a Python literal where one is meant, else itself."""
+    """The value that the command line's `text` stands for: a Python literal where one fits, else itself."""
     if kind is str:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
-        value = text
-    return check_type(key, value, kind)
+    except (ValueError, SyntaxError, TypeError):
+        return check_type(key, text, kind)
+    try:
+        return check_type(key, value, kind)
+    except ValueError:
+        if get_origin(kind) is None:
+            raise
+        return check_type(key, text, kind)  # 'none' and '12' can be meant as texts, as in Literal["none", "dual"]
 
 
 def check_type(key, value, kind):

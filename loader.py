@@ -46,6 +46,9 @@ class Windows:
                                     "makes a folder of data")
         dtype = token_dtype(folder, vocab_size)
         self.T, self.cross_document = T, cross_document
+        for p in paths:
+            if p.stat().st_size == 0 or p.stat().st_size % np.dtype(dtype).itemsize:
+                raise ValueError(f"{p} is empty or was cut within a token: prepare the data again")
         self.tokens = [np.memmap(p, dtype, "r") for p in paths]
         self.offsets = [read_offsets(p.with_suffix(".idx"), tokens) for p, tokens in zip(paths, self.tokens)]
         self.ends = np.cumsum([len(t) // T for t in self.tokens])  # windows in the shards up to and with each
@@ -102,7 +105,10 @@ def token_dtype(folder, vocab_size):
     meta = Path(folder) / "meta.json"
     if not meta.is_file():
         raise FileNotFoundError(f"no meta.json in {folder}: its preparation did not finish; run it again")
-    prepared = json.loads(meta.read_text())["vocab_size"]
+    try:
+        prepared = json.loads(meta.read_text())["vocab_size"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{meta} is damaged ({error!r}): prepare the data again") from error
     if prepared != vocab_size:
         raise ValueError(f"{folder} was prepared with a vocabulary of {prepared}, the model has one of {vocab_size}")
     return np.uint16 if vocab_size <= 2**16 else np.uint32

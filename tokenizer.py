@@ -67,8 +67,8 @@ class Tokenizer:
         path = path if path.suffix == ".json" else path / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"no tokenizer at {path}; `python -m data.stdlib.prepare` writes one")
-        self.json = path.read_text(encoding="utf-8")  # kept, to be saved beside the weights
         try:
+            self.json = path.read_text(encoding="utf-8")  # kept, to be saved beside the weights
             self.hf = tokenizers.Tokenizer.from_str(self.json)
         except Exception as error:  # the library raises bare Exception for a text that does not parse
             raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
@@ -80,10 +80,15 @@ class Tokenizer:
         self.token_bytes = np.array([len(self.bytes_of(i)) for i in range(self.vocab_size)])
 
     def bytes_of(self, i):
-        """What one id writes, as bytes; nothing for a special token."""
-        if i in self.special_ids.values():
+        """What one id writes, as bytes; nothing for a special token or an id beyond the vocabulary."""
+        if i in self.special_ids.values() or i >= self.vocab_size:
             return b""
-        return self.tik.decode_single_token_bytes(i) if self.tik else self.hf.decode([i]).encode()
+        if self.tik:
+            return self.tik.decode_single_token_bytes(i)
+        token, alphabet = self.hf.id_to_token(i), byte_of_char()
+        if isinstance(self.hf.decoder, decoders.ByteLevel) and set(token) <= alphabet.keys():
+            return bytes(alphabet[c] for c in token)
+        return self.hf.decode([i]).encode()
 
     def encode(self, text):
         """str -> list of int, no special token among them, none added."""
@@ -106,7 +111,7 @@ def as_tiktoken(spec):
     """The tokenizer.json `spec` (a dict) as a `tiktoken.Encoding`, or None where tiktoken could give other ids.
 
     tiktoken merges the adjacent pair whose joined bytes have the lowest id; BPE, the pair whose merge was learned
-    first. They agree when every merge makes a token of its own, and ids rise in the order of the merges.
+    first. They agree when every token is what BPE makes of its own bytes, and ids rise in the order of the merges.
     """
     model, steps = spec["model"], spec.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
@@ -120,9 +125,12 @@ def as_tiktoken(spec):
     vocab, alphabet = model["vocab"], byte_of_char()
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     made = [vocab["".join(m)] for m in merges]
-    if any(a >= b for a, b in zip(made, made[1:])):
+    if any(a >= b for a, b in zip(made, made[1:])) or not all(t["special"] for t in spec["added_tokens"]):
         return None
     specials = {t["content"] for t in spec["added_tokens"]}
+    bpe = models.BPE(vocab=vocab, merges=[tuple(m) for m in merges])
+    if any(len(bpe.tokenize(token)) != 1 for token in vocab if token not in specials):
+        return None  # a token that other merges would take apart
     ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if token not in specials}
     if len(ranks) != 256 + len(merges):
         return None

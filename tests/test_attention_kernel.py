@@ -80,7 +80,7 @@ def with_gradients(function, q, k, v, g, dtype):
 def compare(spans, n_kv_head, group, tile=attention_kernel.TILE, head_dim=8, floor=0.0):
     """attention() in float32 against softmax_attention: relative errors of output and gradients at most 1e-5.
 
-    floor: what a norm counts for at least. (The gradient of a query that sees one key is 0: only noise to compare.)
+    floor: the least that a norm counts for, as a share of g's. (The gradient of a query that sees one key is 0: only noise to compare.)
     """
     mask = spans.dense_mask()
     B, S, _ = mask.shape
@@ -92,7 +92,7 @@ def compare(spans, n_kv_head, group, tile=attention_kernel.TILE, head_dim=8, flo
         got = with_gradients(lambda *qkv: attention(*qkv, spans), q, k, v, g, torch.float32)
     want = with_gradients(lambda *qkv: softmax_attention(*qkv, mask), q, k, v, g, torch.float64)
     for x, y in zip(got, want):
-        assert (x - y).norm() <= 1e-5 * max(y.norm(), floor)
+        assert (x - y).norm() <= 1e-5 * max(y.norm(), floor * g.norm())
     return got
 
 
@@ -128,7 +128,7 @@ def test_the_picture_of_the_docstring():
 @given(packings(max_T=20), st.sampled_from([1, 2, 3, 4, 40, None]), st.booleans(), st.integers(1, 8), st.integers(1, 3),
        st.sampled_from([1, 2, 3, 5, 8, 64]))
 def test_tiles_give_the_dense_softmax(rows, K, noisy, group, n_kv_head, tile):
-    compare(Spans.of(*packed(*rows), K, noisy=noisy), n_kv_head, group, tile, floor=1.0)
+    compare(Spans.of(*packed(*rows), K, noisy=noisy), n_kv_head, group, tile, floor=0.1)
 
 
 @pytest.mark.parametrize("group", range(1, 9))

@@ -147,19 +147,18 @@ def test_a_shard_or_index_that_was_cut_short_is_noticed_and_named(folder, shards
     write_shards(folder, shards, 300)
     path = data.draw(st.sampled_from(sorted(folder.glob(f"*.{name}"))))
     whole = path.read_bytes()
-    left = max(len(whole) - cut * (2 if name == "bin" else 1), 2 if name == "bin" else 0)  # see the two tests below
+    left = max(len(whole) - cut * (2 if name == "bin" else 1), 2 if name == "bin" else 0)  # less than a token: see below
     if left < len(whole):
         path.write_bytes(whole[:left])
         message = refusal(ValueError, folder, "train", 2, 300)
         assert str(path.with_suffix(".idx")) in message and "cut short" in message
 
 
-@pytest.mark.xfail(strict=True, reason="np.memmap raises before read_offsets looks: its own message names no file")
 @pytest.mark.parametrize("size", [0, 7])
 def test_a_shard_cut_to_nothing_or_within_a_token_is_noticed_and_named(folder, size):
     write_shards(folder, [[8]], 300)
     (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:size])
-    assert "cut short" in refusal(ValueError, folder, "train", 2, 300)
+    assert "train.bin is empty or was cut" in refusal(ValueError, folder, "train", 2, 300)
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 5, 8], [0, 6, 5, 8], [1, 5, 8], [0, 9], [0], [8], [0, -1, 8]])

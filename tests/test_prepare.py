@@ -176,7 +176,6 @@ def test_a_file_stays_on_its_side_of_the_split_when_others_come_and_no_text_is_o
     assert not after["train"] & after["val"] and len(after["train"]) + len(after["val"]) == 45
 
 
-@pytest.mark.xfail(strict=True, reason="main() puts asdict(cfg) after tok.vocab_size, and the asked-for number wins")
 def test_where_the_text_gives_fewer_ids_than_asked_for_meta_counts_those_there_are(prepared, tmp_path):
     prepare(prepared[0], tmp_path, "--vocab_size=70000")
     tok = Tokenizer(tmp_path)
@@ -184,7 +183,6 @@ def test_where_the_text_gives_fewer_ids_than_asked_for_meta_counts_those_there_a
     assert len(Windows(tmp_path, "train", 16, tok.vocab_size)) > 0
 
 
-@pytest.mark.xfail(strict=True, reason="main() deletes meta.json before train_tokenizer looks at vocab_size")
 def test_a_mistyped_vocabulary_is_refused_and_leaves_what_was_prepared(copied):
     source, out = copied
     whole = contents(out)

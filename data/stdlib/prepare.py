@@ -100,15 +100,15 @@ def main():
         raise ValueError(f"{source} has {len(splits['train'])} {cfg.suffix} files for training and {len(splits['val'])} "
                          "for validation after filtering; both need one or more")
     out.mkdir(parents=True, exist_ok=True)
-    meta_path.unlink(missing_ok=True)  # interrupted from here on, the folder counts as unfinished
     print(f"{out}: training a tokenizer of {cfg.vocab_size} ids on {len(splits['train'])} files of {source}")
     trained = train_tokenizer(splits["train"], cfg.vocab_size)
+    meta_path.unlink(missing_ok=True)  # interrupted from here on, the folder counts as unfinished
     write_aside(out / "tokenizer.json", lambda f: f.write(trained.to_str(pretty=True).encode()))
     tok = Tokenizer(out)
     meta = {name: write_split(out, name, texts, tok) for name, texts in splits.items()}
     for name, m in meta.items():
         print(f"{out}: {name} {m['files']} files, {m['bytes']:,} bytes, {m['tokens']:,} tokens")
-    meta |= {"fingerprint": fingerprint, "vocab_size": tok.vocab_size, **asdict(cfg), "source": str(source),
+    meta |= {**asdict(cfg), "source": str(source), "vocab_size": tok.vocab_size, "fingerprint": fingerprint,
              "val_paths": [p for p, _ in files if is_val(p, cfg.val_percent)]}
     write_aside(meta_path, lambda f: f.write(json.dumps(meta, indent=1).encode()))
 

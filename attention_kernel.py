@@ -164,6 +164,13 @@ def why_tiled(device_type, dtype, head_dim):
     return None if head_dim <= 256 else f"head_dim {head_dim} is above 256"
 
 
+def say_if_tiled(device_type, dtype, head_dim):
+    """One line on stderr, once, where the PyTorch path serves."""
+    why = why_tiled(device_type, dtype, head_dim)
+    if why:
+        say_once(f"attention: PyTorch tiles, since {why}")
+
+
 @functools.cache
 def say_once(text):
     print(text, file=sys.stderr)
@@ -172,9 +179,7 @@ def say_once(text):
 @torch.compiler.disable  # the tiles follow the documents of the batch: traced, every packing would recompile
 def tiled_attention(q, k, v, spans):
     """`attention` in plain PyTorch: each tile of queries meets only the keys that it can see."""
-    why = why_tiled(q.device.type, q.dtype, q.shape[3])
-    if why:
-        say_once(f"attention: PyTorch tiles, since {why}")
+    say_if_tiled(q.device.type, q.dtype, q.shape[3])
     T = spans.doc_start.shape[1]
     (k_noisy, k_clean), (v_noisy, v_clean) = ((x[:, :, :T], x[:, :, T:]) if spans.noisy else (x[:, :, :0], x)
                                               for x in (k, v))

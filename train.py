@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+from attention_kernel import say_if_tiled
 from configurator import configure
 from diffusion import Recipe, corrupt, nelbo, u_max, weighted_loss
 from loader import Windows, prefetch
@@ -202,6 +203,7 @@ metrics = open(out / "metrics.jsonl", "a", buffering=1)  # a line is on disk whe
 n_params = sum(p.numel() for p in model.parameters())
 print(f"{out}: {n_params / 1e6:.2f} M parameters, {cfg.objective}, steps {start} to {cfg.max_steps} of {cfg.batch_tokens} "
       f"tokens; {len(train_data):,} windows an epoch; {machine['device']}, {machine['dtype']}, {machine['threads']} threads")
+say_if_tiled(machine["device"], getattr(torch, machine["dtype"]), model.cfg.head_dim)
 
 
 def autocast():
@@ -269,7 +271,7 @@ with tqdm(total=cfg.max_steps, initial=start, unit="step", mininterval=0.5, dyna
             "u_max": u_max(step, recipe), "mask_rate": (batch.masked.sum() / scored).item(),
             "tokens": (step + 1) * cfg.batch_tokens, "tokens_per_s": cfg.batch_tokens / seconds, "seconds": seconds}) + "\n")
         bar.update()
-        bar.set_postfix_str(f"loss {loss.item():.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {loss.item():.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s", refresh=False)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.max_steps or asked_to_stop:
             checkpoint.save(out, step + 1, model, optimizer, tok, recipe, {"machine": machine, "config": asdict(cfg)}, cfg.keep)
         if asked_to_stop:

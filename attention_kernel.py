@@ -20,7 +20,8 @@ up to two of them; here it is rows, one interval a half, which is all that block
 same mask to flex-attention, which builds a block mask for every packing. TileLang's block-diffusion example has fixed
 blocks of one length; FlashInfer's block-extend serves inference only.
 
-Not covered: dropout, additive biases, several intervals a half; head_dim above 256 and KV caches take the PyTorch path.
+Not covered: dropout, additive biases, several intervals a half; head_dim above 256, and queries against a
+longer KV cache, take the PyTorch path.
 """
 import functools
 import os
@@ -65,23 +66,25 @@ class Spans:
     def of(cls, doc_start, doc_end, block_size=None, noisy=False, first=0):
         """Documents cut into blocks of `block_size` from each one's first token; None: a document is one block.
 
-        block_size=1 is causal attention, None is bidirectional attention.
+        block_size=1 is causal attention, None is bidirectional attention. A position with doc_end = doc_start (a gap)
+        is in no document: it sees nobody, and nobody sees it.
         """
         if block_size is None:
             return cls(doc_start, doc_end, doc_start, doc_end, noisy, first)
         i = first + torch.arange(doc_start.shape[1], dtype=torch.int32, device=doc_start.device)
-        block_start = i - (i - doc_start) % block_size
+        block_start = torch.minimum(i - (i - doc_start) % block_size, doc_end)
         return cls(doc_start, doc_end, block_start, torch.minimum(block_start + block_size, doc_end), noisy, first)
 
     @classmethod
     def annealed(cls, doc_start, doc_end, right):
         """Causal attention with `right` more tokens revealed: 0 is causal, the length of the row is bidirectional.
 
-        DiffuCoder's adaptation anneals its mask so; DiffuLLaMA's code reveals random future keys instead, here the edge
-        moves. Position i sees [doc_start, i + 1 + right), and is seen by [i - right, doc_end): the same tables hold.
+        The attention-mask annealing of DiffuLLaMA and DiffuCoder's adaptation, with a difference: DiffuLLaMA's code
+        reveals random future keys, here an edge moves. Position i sees [doc_start, i + 1 + right), and is seen by [i - right, doc_end): the same tables hold.
         """
         i = torch.arange(doc_start.shape[1], dtype=torch.int32, device=doc_start.device)
-        return cls(doc_start, doc_end, torch.maximum(doc_start, i - right), torch.minimum(doc_end, i + 1 + right))
+        return cls(doc_start, doc_end, torch.minimum(torch.maximum(doc_start, i - right), doc_end),
+                   torch.minimum(doc_end, i + 1 + right))
 
     def stacked(self):
         """(B, 4, T) int32, as the kernel reads them."""
@@ -148,7 +151,7 @@ def attention(q, k, v, spans):
     S queries then count positions among the S' keys.
     Returns (B, n_head, S, head_dim). A query that sees no key gets zeros.
     """
-    if q.shape[2] == k.shape[2] and why_tiled(q.device.type, q.dtype, q.shape[3]) is None:
+    if q.shape[2] == k.shape[2] and q.dtype == k.dtype and why_tiled(q.device.type, q.dtype, q.shape[3]) is None:
         return kernel_forward(q, k, v, spans.stacked(), spans.noisy)[0]
     return tiled_attention(q, k, v, spans)
 
@@ -159,6 +162,8 @@ def why_tiled(device_type, dtype, head_dim):
         return "triton is not installed"
     if device_type != "cuda" and not INTERPRETED:
         return f"the device is {device_type}, not cuda"
+    if not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "this GPU is older than Ampere"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernel has no {dtype}"
     return None if head_dim <= 256 else f"head_dim {head_dim} is above 256"
@@ -221,19 +226,31 @@ def grouped_attention(q, k, v, mask):
 #     clean key j is seen by     clean queries [block_start, doc_end)     noisy queries [block_end, doc_end)
 #     noisy key j                none                                     noisy queries [block_start, block_end)
 #
-# There are no atomics, so a run repeats to the bit. Each program takes one tile of one head; the heaviest tiles, at the
-# end of the row, start first. A noisy and a clean tile of the same positions run side by side and find each other's K and
-# V in the L2 cache.
+# There are no atomics: with the same choice of tiles a run repeats to the bit. Each program takes one tile of one head; the heaviest tiles start
+# first, and programs that share K and V (the heads of a group, the noisy and the clean tile of the same positions) start
+# close together, to find them in the L2 cache. Each kernel has one loop over tiles, for both halves, border and
+# inside: a copy of the loop for each kind was seen to spill ten times the registers.
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # the softmax is taken in powers of two: exp2 is the hardware's
 DOC_START, DOC_END, BLOCK_START, BLOCK_END = (tl.constexpr(row) for row in range(4))  # as in `Spans.stacked`
 
 
 @jit
-def interval(bounds, i, T, start_row, end_row, TILE: tl.constexpr):
-    """What positions i see: start and end of each, and the loop's cuts at multiples of TILE.
+def program(H, tiles, NOISY: tl.constexpr):
+    """Which tile this program takes: (row of the batch, head, place in the order of tiles, 1 if of the noisy half)."""
+    bh, place = tl.program_id(0), tl.program_id(1)
+    b = (bh // H).to(tl.int64)  # offsets of a row of the batch may pass 2^31
+    if NOISY:
+        return b, bh % H, place // 2, place % 2
+    else:
+        return b, bh % H, place, 0
 
-    Returns start, end, lo, a, b, hi: [lo, a) is border, [a, b) inside, [b, hi) border.
+
+@jit
+def interval(bounds, i, T, start_row, end_row, TILE: tl.constexpr):
+    """What positions i see, from two rows of `bounds`, and how the loop over it goes in steps of TILE.
+
+    Returns start, end (len(i),) and lo, a, b, hi: steps from lo to hi; those from a to before b lie inside.
     """
     real = i < T
     start = tl.load(bounds + start_row * T + i, mask=real, other=0)
@@ -241,184 +258,133 @@ def interval(bounds, i, T, start_row, end_row, TILE: tl.constexpr):
     some = real & (start < end)
     lo = tl.min(tl.where(some, start, T), 0) // TILE * TILE
     hi = tl.max(tl.where(some, end, 0), 0)
-    a = (tl.max(tl.where(real, start, 0), 0) + TILE - 1) // TILE * TILE
-    b = tl.min(tl.where(real, end, T), 0) // TILE * TILE
-    return start, end, lo, tl.where(a < b, a, hi), tl.where(a < b, b, hi), hi
+    return start, end, lo, tl.max(tl.where(real, start, 0), 0), tl.min(tl.where(real, end, T), 0) // TILE * TILE, hi
 
 
 @jit
-def load_rows(X, i, d, T, D, stride):
-    """Rows i of a (T, D) matrix, zeros beyond T and D: (len(i), len(d))."""
-    return tl.load(X + i[:, None] * stride + d[None, :], mask=(i < T)[:, None] & (d < D)[None, :], other=0.0)
+def load_rows(X, i, d, T, stride, D: tl.constexpr, DP: tl.constexpr):
+    """Rows i of a (T, D) matrix as (len(i), DP), zeros beyond T and D."""
+    real = (i < T)[:, None] if D == DP else (i < T)[:, None] & (d < D)[None, :]
+    return tl.load(X + i[:, None] * stride + d[None, :], mask=real, other=0.0)
 
 
 @jit
-def attend(acc, m, l, q, K, V, lo, hi, start, end, d, T, D, k_stride, v_stride, scale, COMPARE: tl.constexpr, N: tl.constexpr):
-    """Online softmax of a tile of queries over keys lo..hi. acc (M, D), m, l (M,) float32; scores in powers of two."""
-    for first in range(lo, hi, N):
-        n = first + tl.arange(0, N)
-        s = tl.dot(q, tl.trans(load_rows(K, n, d, T, D, k_stride)), input_precision="ieee")  # (M, N)
-        if COMPARE:
-            s = tl.where((n[None, :] >= start[:, None]) & (n[None, :] < end[:, None]), s, float("-inf"))
-        new_m = tl.maximum(m, tl.max(s, 1) * scale)
-        base = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has not seen a key yet
-        p = tl.exp2(s * scale - base[:, None])
-        shrink = tl.exp2(m - base)
-        v = load_rows(V, n, d, T, D, v_stride)
-        acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        l = l * shrink + tl.sum(p, 1)
-        m = new_m
-    return acc, m, l
+def store_rows(X, x, i, d, T, stride, D: tl.constexpr):
+    tl.store(X + i[:, None] * stride + d[None, :], x.to(X.dtype.element_ty), mask=(i < T)[:, None] & (d < D)[None, :])
 
 
 @jit
-def forward_kernel(Q, K, V, O, LSE, bounds, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, H, GROUP, T, D, scale,
-                   NOISY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr):
-    """O and the log-sum-exp (base 2) of one tile of M queries of one head. DP: D, up to a power of two."""
-    b, h, tile, noisy = program(H, tl.cdiv(T, M), NOISY)
-    i, d = tile * M + tl.arange(0, M), tl.arange(0, DP)
-    S = 2 * T if NOISY else T
-    half = T if NOISY and noisy == 0 else 0  # where these queries begin in [xt ; x0]
-    Q += b * q_b + h * q_h + half * q_s
-    K += b * k_b + h // GROUP * k_h
-    V += b * v_b + h // GROUP * v_h
-    bounds += b * 4 * T
-    q = load_rows(Q, i, d, T, D, q_s)
+def key_rows(own, noisy):
+    """The rows of `bounds` between which a query sees keys: its own block's noisy ones (own = 1) or clean ones (own = 0)."""
+    return own * BLOCK_START + (1 - own) * DOC_START, BLOCK_END - (1 - own) * noisy * (BLOCK_END - BLOCK_START)
+
+
+@jit
+def forward_kernel(Q, K, V, O, LSE, bounds, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, H, GROUP, T, BUCKET, scale,
+                   NOISY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """O, and the log-sum-exp of the scores in base 2, of one tile of M queries of one head."""
+    tiles = tl.cdiv(T, M)
+    b, h, place, noisy = program(H, tiles, NOISY)
+    i, d = (tiles - 1 - place) * M + tl.arange(0, M), tl.arange(0, DP)  # the last queries see most keys
+    S, half = (2 * T, (1 - noisy) * T) if NOISY else (T, 0)  # [xt ; x0]: the clean queries begin at T
+    q = load_rows(Q + b * q_b + h * q_h + half * q_s, i, d, T, q_s, D, DP)
     acc, m, l = tl.zeros([M, DP], tl.float32), tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
-
-    if NOISY:  # the tile's own blocks, among the noisy keys: all border; a clean tile goes zero times round
-        start, end, lo, _, _, hi = interval(bounds, i, T, BLOCK_START, BLOCK_END, N)
-        acc, m, l = attend(acc, m, l, q, K, V, lo, hi * noisy, start, end, d, T, D, k_s, v_s, scale, True, N)
-        K += T * k_s
-        V += T * v_s
-    start, end, lo, x, y, hi = interval(bounds, i, T, DOC_START, BLOCK_END - noisy * (BLOCK_END - BLOCK_START), N)
-    acc, m, l = attend(acc, m, l, q, K, V, lo, x, start, end, d, T, D, k_s, v_s, scale, True, N)
-    acc, m, l = attend(acc, m, l, q, K, V, x, y, start, end, d, T, D, k_s, v_s, scale, False, N)
-    acc, m, l = attend(acc, m, l, q, K, V, y, hi, start, end, d, T, D, k_s, v_s, scale, True, N)
-
+    for own in range(0, 1 + noisy):
+        start_row, end_row = key_rows(own, noisy)
+        start, end, lo, x, y, hi = interval(bounds + b * 4 * T, i, T, start_row, end_row, N)
+        first_key = (1 - own) * T if NOISY else 0
+        k_ = K + b * k_b + h // GROUP * k_h + first_key * k_s
+        v_ = V + b * v_b + h // GROUP * v_h + first_key * v_s
+        for first in range(lo, hi, N):  # the online softmax
+            n = first + tl.arange(0, N)
+            s = tl.dot(q, tl.trans(load_rows(k_, n, d, T, k_s, D, DP)), input_precision="ieee") * scale  # (M, N)
+            if (first < x) | (first >= y):
+                s = tl.where((n[None, :] >= start[:, None]) & (n[None, :] < end[:, None]), s, float("-inf"))
+            new_m = tl.maximum(m, tl.max(s, 1))
+            base = tl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has not seen a key yet
+            p, shrink = tl.exp2(s - base[:, None]), tl.exp2(m - base)
+            v = load_rows(v_, n, d, T, v_s, D, DP)
+            acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            l = l * shrink + tl.sum(p, 1)
+            m = new_m
     empty = l == 0
-    out = acc / tl.where(empty, 1.0, l)[:, None]
-    O += b * o_b + h * o_h + half * o_s
-    tl.store(O + i[:, None] * o_s + d[None, :], out.to(q.dtype), mask=(i < T)[:, None] & (d < D)[None, :])
+    store_rows(O + b * o_b + h * o_h + half * o_s, acc / tl.where(empty, 1.0, l)[:, None], i, d, T, o_s, D)
     lse = tl.where(empty, float("inf"), m + tl.log2(tl.where(empty, 1.0, l)))  # +inf: exp2(s - lse) is 0 in the backward
     tl.store(LSE + (b * H + h) * S + half + i, lse, mask=i < T)
 
 
 @jit
-def program(H, tiles, NOISY: tl.constexpr):
-    """Which tile this program takes: (row of the batch, head, tile, 1 if of the noisy half else 0), last tiles first."""
-    bh, place = tl.program_id(0), tl.program_id(1)
-    if NOISY:
-        return bh // H, bh % H, tiles - 1 - place // 2, place % 2
-    else:
-        return bh // H, bh % H, tiles - 1 - place, 0
-
-
-@jit
-def attend_back(dq, q, do, lse, delta, K, V, lo, hi, start, end, d, T, D, k_stride, v_stride, scale, COMPARE: tl.constexpr,
-                N: tl.constexpr):
-    """dQ of a tile of queries from keys lo..hi, still to be scaled. dq (M, D) float32; lse, delta (M,)."""
-    for first in range(lo, hi, N):
-        n = first + tl.arange(0, N)
-        k = load_rows(K, n, d, T, D, k_stride)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
-        if COMPARE:
-            p = tl.where((n[None, :] >= start[:, None]) & (n[None, :] < end[:, None]), p, 0.0)
-        dp = tl.dot(do, tl.trans(load_rows(V, n, d, T, D, v_stride)), input_precision="ieee")
-        dq += tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision="ieee")
-    return dq
-
-
-@jit
 def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, bounds, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s, g_b, g_h, g_s,
-              H, GROUP, T, D, scale, NOISY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr):
+              H, GROUP, T, BUCKET, scale, NOISY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """dQ of one tile of M queries of one head. o: strides of DO, g: of DQ."""
-    b, h, tile, noisy = program(H, tl.cdiv(T, M), NOISY)
-    i, d = tile * M + tl.arange(0, M), tl.arange(0, DP)
-    S = 2 * T if NOISY else T
-    half = T if NOISY and noisy == 0 else 0
-    q = load_rows(Q + b * q_b + h * q_h + half * q_s, i, d, T, D, q_s)
-    do = load_rows(DO + b * o_b + h * o_h + half * o_s, i, d, T, D, o_s)
-    lse = tl.load(LSE + (b * H + h) * S + half + i, mask=i < T, other=float("inf"))
-    delta = tl.load(DELTA + (b * H + h) * S + half + i, mask=i < T, other=0.0)
-    K += b * k_b + h // GROUP * k_h
-    V += b * v_b + h // GROUP * v_h
-    bounds += b * 4 * T
+    tiles = tl.cdiv(T, M)
+    b, h, place, noisy = program(H, tiles, NOISY)
+    i, d = (tiles - 1 - place) * M + tl.arange(0, M), tl.arange(0, DP)
+    S, half = (2 * T, (1 - noisy) * T) if NOISY else (T, 0)
+    q = load_rows(Q + b * q_b + h * q_h + half * q_s, i, d, T, q_s, D, DP)
+    do = load_rows(DO + b * o_b + h * o_h + half * o_s, i, d, T, o_s, D, DP)
+    at = (b * H + h) * S + half + i
+    lse = tl.load(LSE + at, mask=i < T, other=float("inf"))
+    delta = tl.load(DELTA + at, mask=i < T, other=0.0)
     dq = tl.zeros([M, DP], tl.float32)
-    if NOISY:
-        start, end, lo, _, _, hi = interval(bounds, i, T, BLOCK_START, BLOCK_END, N)
-        dq = attend_back(dq, q, do, lse, delta, K, V, lo, hi * noisy, start, end, d, T, D, k_s, v_s, scale, True, N)
-        K += T * k_s
-        V += T * v_s
-    start, end, lo, x, y, hi = interval(bounds, i, T, DOC_START, BLOCK_END - noisy * (BLOCK_END - BLOCK_START), N)
-    dq = attend_back(dq, q, do, lse, delta, K, V, lo, x, start, end, d, T, D, k_s, v_s, scale, True, N)
-    dq = attend_back(dq, q, do, lse, delta, K, V, x, y, start, end, d, T, D, k_s, v_s, scale, False, N)
-    dq = attend_back(dq, q, do, lse, delta, K, V, y, hi, start, end, d, T, D, k_s, v_s, scale, True, N)
-    tl.store(DQ + b * g_b + h * g_h + (half + i)[:, None] * g_s + d[None, :], (dq * scale / LOG2_E).to(q.dtype),
-             mask=(i < T)[:, None] & (d < D)[None, :])
-
-
-@jit
-def seen_by(dk, dv, k, v, Q, DO, LSE, DELTA, lo, hi, start, end, d, T, D, q_stride, o_stride, scale, COMPARE: tl.constexpr,
-            M: tl.constexpr):
-    """dK and dV of a tile of keys from queries lo..hi of one head, dK still to be scaled. dk, dv (N, D) float32."""
-    for first in range(lo, hi, M):
-        i = first + tl.arange(0, M)
-        q, do = load_rows(Q, i, d, T, D, q_stride), load_rows(DO, i, d, T, D, o_stride)
-        lse = tl.load(LSE + i, mask=i < T, other=float("inf"))
-        delta = tl.load(DELTA + i, mask=i < T, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])  # (N, M)
-        if COMPARE:
-            p = tl.where((i[None, :] >= start[:, None]) & (i[None, :] < end[:, None]), p, 0.0)
-        dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        dk += tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, input_precision="ieee")
-    return dk, dv
+    for own in range(0, 1 + noisy):
+        start_row, end_row = key_rows(own, noisy)
+        start, end, lo, x, y, hi = interval(bounds + b * 4 * T, i, T, start_row, end_row, N)
+        first_key = (1 - own) * T if NOISY else 0
+        k_ = K + b * k_b + h // GROUP * k_h + first_key * k_s
+        v_ = V + b * v_b + h // GROUP * v_h + first_key * v_s
+        for first in range(lo, hi, N):
+            n = first + tl.arange(0, N)
+            k = load_rows(k_, n, d, T, k_s, D, DP)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])  # (M, N)
+            if (first < x) | (first >= y):
+                p = tl.where((n[None, :] >= start[:, None]) & (n[None, :] < end[:, None]), p, 0.0)
+            dp = tl.dot(do, tl.trans(load_rows(v_, n, d, T, v_s, D, DP)), input_precision="ieee")
+            dq += tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, input_precision="ieee")
+    store_rows(DQ + b * g_b + h * g_h + half * g_s, dq * (scale / LOG2_E), i, d, T, g_s, D)
 
 
 @jit
 def dkdv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, bounds, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, o_b, o_h, o_s,
-                g_b, g_h, g_s, H, GROUP, T, D, scale, NOISY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr):
+                g_b, g_h, g_s, H, GROUP, T, BUCKET, scale, NOISY: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+                DP: tl.constexpr):
     """dK and dV of one tile of N keys of one key/value head: the sum over its GROUP query heads. g: strides of DK and DV."""
-    b, h, tile, noisy = program(H // GROUP, tl.cdiv(T, N), NOISY)
-    tile = tl.cdiv(T, N) - 1 - tile  # the first keys are seen by most queries: the heaviest come first
-    n, d = tile * N + tl.arange(0, N), tl.arange(0, DP)
-    S = 2 * T if NOISY else T
-    half = T if NOISY and noisy == 0 else 0
-    k = load_rows(K + b * k_b + h * k_h + half * k_s, n, d, T, D, k_s)
-    v = load_rows(V + b * v_b + h * v_h + half * v_s, n, d, T, D, v_s)
-    bounds += b * 4 * T
+    b, h, place, noisy = program(H // GROUP, tl.cdiv(T, N), NOISY)
+    n, d = place * N + tl.arange(0, N), tl.arange(0, DP)  # the first keys are seen by most queries
+    S, half = (2 * T, (1 - noisy) * T) if NOISY else (T, 0)
+    k = load_rows(K + b * k_b + h * k_h + half * k_s, n, d, T, k_s, D, DP)
+    v = load_rows(V + b * v_b + h * v_h + half * v_s, n, d, T, v_s, D, DP)
     dk, dv = tl.zeros([N, DP], tl.float32), tl.zeros([N, DP], tl.float32)
-    for g in range(h * GROUP, (h + 1) * GROUP):
-        q_, do_ = Q + b * q_b + g * q_h, DO + b * o_b + g * o_h
-        lse_, delta_ = LSE + (b * H + g) * S, DELTA + (b * H + g) * S
-        if NOISY:  # noisy queries: of later blocks for a clean key, of its own block for a noisy one
-            start, end, lo, x, y, hi = interval(bounds, n, T, BLOCK_END - noisy * (BLOCK_END - BLOCK_START),
-                                                DOC_END + noisy * (BLOCK_END - DOC_END), M)
-            dk, dv = seen_by(dk, dv, k, v, q_, do_, lse_, delta_, lo, x, start, end, d, T, D, q_s, o_s, scale, True, M)
-            dk, dv = seen_by(dk, dv, k, v, q_, do_, lse_, delta_, x, y, start, end, d, T, D, q_s, o_s, scale, False, M)
-            dk, dv = seen_by(dk, dv, k, v, q_, do_, lse_, delta_, y, hi, start, end, d, T, D, q_s, o_s, scale, True, M)
-            q_ += T * q_s
-            do_ += T * o_s
-            lse_ += T
-            delta_ += T
-        # clean queries: none for a noisy key, which goes zero times round
-        start, end, lo, x, y, hi = interval(bounds, n, T, BLOCK_START, DOC_END, M)
-        clean = 1 - noisy
-        dk, dv = seen_by(dk, dv, k, v, q_, do_, lse_, delta_, lo, x * clean, start, end, d, T, D, q_s, o_s, scale, True, M)
-        dk, dv = seen_by(dk, dv, k, v, q_, do_, lse_, delta_, x, y * clean, start, end, d, T, D, q_s, o_s, scale, False, M)
-        dk, dv = seen_by(dk, dv, k, v, q_, do_, lse_, delta_, y, hi * clean, start, end, d, T, D, q_s, o_s, scale, True, M)
-    at = b * g_b + h * g_h + (half + n)[:, None] * g_s + d[None, :]
-    real = (n < T)[:, None] & (d < D)[None, :]
-    tl.store(DK + at, (dk * scale / LOG2_E).to(k.dtype), mask=real)
-    tl.store(DV + at, dv.to(v.dtype), mask=real)
+    kinds = 2 - noisy if NOISY else 1  # a clean key is seen by clean and by noisy queries, a noisy one by noisy ones
+    for turn in range(0, GROUP * kinds):
+        g, later = h * GROUP + turn // kinds, turn % kinds  # later = 1: noisy queries of later blocks, for a clean key
+        start_row = BLOCK_START + later * (BLOCK_END - BLOCK_START)
+        start, end, lo, x, y, hi = interval(bounds + b * 4 * T, n, T, start_row, DOC_END + noisy * (BLOCK_END - DOC_END), M)
+        first_query = (1 - noisy) * (1 - later) * T if NOISY else 0
+        q_ = Q + b * q_b + g * q_h + first_query * q_s
+        do_ = DO + b * o_b + g * o_h + first_query * o_s
+        at = (b * H + g) * S + first_query
+        for first in range(lo, hi, M):
+            i = first + tl.arange(0, M)
+            q, do = load_rows(q_, i, d, T, q_s, D, DP), load_rows(do_, i, d, T, o_s, D, DP)
+            lse = tl.load(LSE + at + i, mask=i < T, other=float("inf"))
+            delta = tl.load(DELTA + at + i, mask=i < T, other=0.0)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])  # (N, M)
+            if (first < x) | (first >= y):
+                p = tl.where((i[None, :] >= start[:, None]) & (i[None, :] < end[:, None]), p, 0.0)
+            dv += tl.dot(p.to(do.dtype), do, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            dk += tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, input_precision="ieee")
+    store_rows(DK + b * g_b + h * g_h + half * g_s, dk * (scale / LOG2_E), n, d, T, g_s, D)
+    store_rows(DV + b * g_b + h * g_h + half * g_s, dv, n, d, T, g_s, D)
 
 
-# Tile sizes, warps and pipeline depth to choose among, by measuring once for each shape. Large tiles read K and V less
-# often; small ones waste less at the border and leave registers for head_dim 128 and up, where float32 wants the last.
+# M queries by N keys, warps and pipeline depth to choose among, by measuring once for each shape. Large tiles read K and V
+# less often; small ones waste less at the border. For dK and dV, which keep two accumulators, M < N spares registers; what
+# spills or does not fit on a chip (float32, head_dim 256) loses by itself.
 CHOICES = [dict(M=128, N=128, num_warps=8, num_stages=2), dict(M=128, N=64, num_warps=8, num_stages=3),
-           dict(M=128, N=64, num_warps=4, num_stages=3), dict(M=64, N=128, num_warps=8, num_stages=2),
-           dict(M=64, N=64, num_warps=4, num_stages=3), dict(M=64, N=32, num_warps=4, num_stages=2),
+           dict(M=64, N=128, num_warps=8, num_stages=2), dict(M=64, N=64, num_warps=4, num_stages=3),
+           dict(M=64, N=64, num_warps=8, num_stages=2), dict(M=32, N=128, num_warps=8, num_stages=2),
            dict(M=32, N=64, num_warps=4, num_stages=2), dict(M=32, N=32, num_warps=4, num_stages=2)]
 INTERPRETED_TILE = 16  # of M and N where Triton interprets: there is nothing to measure
 
@@ -427,18 +393,30 @@ INTERPRETED_TILE = 16  # of M and N where Triton interprets: there is nothing to
 def tuned(kernel):
     """The kernel with its choices, kept on disk; a choice that does not fit the chip counts as slowest."""
     configs = [triton.Config({"M": c["M"], "N": c["N"]}, num_warps=c["num_warps"], num_stages=c["num_stages"]) for c in CHOICES]
-    return triton.autotune(configs, key=["T", "D", "NOISY"], cache_results=True)(kernel)
+    return triton.autotune(configs, key=["BUCKET", "D", "NOISY"], cache_results=True,
+                           prune_configs_by={"early_config_prune": small_for_float32})(kernel)
 
 
-def launch(kernel, tile, programs, noisy, *arguments, **constants):
+def small_for_float32(configs, arguments, **_):
+    """float32 has no matrix unit here (IEEE, not TF32): its large tiles take minutes to compile and spill everything."""
+    if arguments["Q"].dtype != torch.float32:
+        return configs
+    return [c for c in configs if c.kwargs["M"] * c.kwargs["N"] <= 32 * 64]
+
+
+def launch(kernel, tile, programs, T, noisy, *arguments, **constants):
     """Run `kernel` on a grid of (programs, tiles of its `tile`, "M" or "N", over T, twice where noisy)."""
-    T = arguments[-3]
     halves = 2 if noisy else 1
     if INTERPRETED:
         constants |= {"M": INTERPRETED_TILE, "N": INTERPRETED_TILE}
         kernel[programs, triton.cdiv(T, INTERPRETED_TILE) * halves](*arguments, NOISY=noisy, **constants)
     else:
         tuned(kernel)[lambda meta: (programs, triton.cdiv(T, meta[tile]) * halves)](*arguments, NOISY=noisy, **constants)
+
+
+def bucket(T):
+    """T up to a power of two, 256 or more: lengths that share a choice of tiles. The kernels do not read it."""
+    return max(256, triton.next_power_of_2(T))
 
 
 def strided(*tensors):
@@ -460,8 +438,8 @@ def kernel_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: to
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     (B, H, S, D), T = q.shape, bounds.shape[2]
     out, lse = heads_last(q), q.new_empty(B, H, S, dtype=torch.float32)
-    launch(forward_kernel, "M", B * H, noisy, q, k, v, out, lse, bounds.contiguous(), *strided(q, k, v, out),
-           H, H // k.shape[1], T, D, LOG2_E.value / D**0.5, DP=max(16, triton.next_power_of_2(D)))
+    launch(forward_kernel, "M", B * H, T, noisy, q, k, v, out, lse, bounds.contiguous(), *strided(q, k, v, out),
+           H, H // k.shape[1], T, bucket(T), LOG2_E.value / D**0.5, D=D, DP=max(16, triton.next_power_of_2(D)))
     return out, lse
 
 
@@ -473,11 +451,11 @@ def kernel_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
     (B, H, S, D), T = q.shape, bounds.shape[2]
     delta = (do.float() * out.float()).sum(-1)  # (B, n_head, S)
     dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
-    shared = (H, H // k.shape[1], T, D, LOG2_E.value / D**0.5)
-    constants = {"DP": max(16, triton.next_power_of_2(D))}
-    launch(dq_kernel, "M", B * H, noisy, q, k, v, do, lse, delta, dq, bounds.contiguous(), *strided(q, k, v, do, dq),
+    shared = (H, H // k.shape[1], T, bucket(T), LOG2_E.value / D**0.5)
+    constants = {"D": D, "DP": max(16, triton.next_power_of_2(D))}
+    launch(dq_kernel, "M", B * H, T, noisy, q, k, v, do, lse, delta, dq, bounds.contiguous(), *strided(q, k, v, do, dq),
            *shared, **constants)
-    launch(dkdv_kernel, "N", B * k.shape[1], noisy, q, k, v, do, lse, delta, dk, dv, bounds.contiguous(),
+    launch(dkdv_kernel, "N", B * k.shape[1], T, noisy, q, k, v, do, lse, delta, dk, dv, bounds.contiguous(),
            *strided(q, k, v, do, dk), *shared, **constants)
     return dq, dk, dv
 

@@ -50,9 +50,16 @@ def from_hf_config(hf):
     if hf.get("model_type") not in ARCHITECTURES:
         raise ValueError(f"model_type={hf.get('model_type')!r} is not one of {', '.join(ARCHITECTURES)}")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type={rope['rope_type']!r} is not supported: only 'default' is")
-    hf = {"head_dim": hf["hidden_size"] // hf["num_attention_heads"], "rope_theta": rope.get("rope_theta", 1e4), **hf}
+    kind = rope.get("rope_type", rope.get("type", "default"))  # "type" before transformers 4.43
+    if kind != "default":
+        raise ValueError(f"rope_type={kind!r} is not supported: only 'default' is")
+    hf = {"rope_theta": rope.get("rope_theta", 1e4), "tie_word_embeddings": False, **hf}
+    hf = {"num_key_value_heads": hf.get("num_attention_heads"), **hf}
+    if hf.get("head_dim") is None and "hidden_size" in hf and "num_attention_heads" in hf:
+        hf["head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
+    missing = [name for name in HF_NAMES.values() if hf.get(name) is None]
+    if missing:
+        raise ValueError(f"config.json does not say {', '.join(missing)}")
     return ModelConfig(**{ours: hf[name] for ours, name in HF_NAMES.items()},
                        qkv_bias=hf["model_type"] == "qwen2", qk_norm=hf["model_type"] == "qwen3")
 

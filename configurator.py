@@ -16,6 +16,7 @@ Not covered: combinations of settings. What may not go together is checked by th
 import ast
 import difflib
 import inspect
+import linecache
 import os
 import re
 import runpy
@@ -143,15 +144,15 @@ def print_help(Config):
 
 
 def one_sentence(kind, error, trace):
-    """sys.excepthook: an OSError, or a ValueError that this project raised, is for the user, so one sentence will do.
+    """sys.excepthook: an OSError, or a ValueError that a `raise` of this project's made, is for the user, so one sentence will do.
 
     Anything else is a bug and keeps its traceback; so does everything under TRACEBACK=1.
     """
     innermost = trace
     while innermost.tb_next:
         innermost = innermost.tb_next
-    raised_in = Path(innermost.tb_frame.f_code.co_filename).resolve()
-    ours = raised_in.is_relative_to(HERE) and not raised_in.is_relative_to(HERE / ".venv")
+    path, line = innermost.tb_frame.f_code.co_filename, innermost.tb_lineno
+    ours = Path(path).resolve().is_relative_to(HERE) and linecache.getline(path, line).lstrip().startswith("raise")
     for_user = issubclass(kind, OSError) or issubclass(kind, ValueError) and ours
     if for_user and not os.environ.get("TRACEBACK"):
         print(f"error: {error}", file=sys.stderr)

@@ -44,6 +44,7 @@ class Recipe:
     u_warmup_steps: int = 0  # S: t stays below u_max(step) and weights are 1 for this many steps
     u_init: float = 1e-3  # u_max at step 0
     strategies: tuple = ((0.0, 0.0, 0.0),)  # rates of CoDA's S1, S2, S3, a triple an epoch; the last one stays
+    anneal_steps: int = 0  # under `bidirectional`: steps over which causal attention opens to the whole document
     mask_id: int | None = None
     pad_id: int | None = None
 
@@ -62,6 +63,10 @@ class Recipe:
         for name in ("t_min", "u_init"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in (0, 1]")
+        if self.anneal_steps and self.objective != "bidirectional":
+            raise ValueError(f"anneal_steps={self.anneal_steps} needs objective='bidirectional', not {self.objective!r}: only "
+                             "there does attention end up open on both sides")
+
         def is_triple(s):
             return (isinstance(s, (tuple, list)) and len(s) == 3 and all(isinstance(p, (int, float)) and p >= 0 for p in s)
                     and s[0] + s[1] <= 1 and s[2] <= 1)
@@ -105,8 +110,16 @@ def block_firsts(doc_start, recipe):
     return i - (i - doc_start) % recipe.block_size
 
 
-def spans_for(recipe, doc_start, doc_end):
-    """The attention of the objective, over xt (or x0), or over [xt ; x0] under `block`."""
+def revealed(step, recipe, T):
+    """How many tokens to its right a position sees at this step of the adaptation (DiffuCoder §3); None: all of them."""
+    return None if step is None or step >= recipe.anneal_steps else T * step // recipe.anneal_steps
+
+
+def spans_for(recipe, doc_start, doc_end, step=None):
+    """The attention of the objective, over xt (or x0), or over [xt ; x0] under `block`. step: None after training."""
+    right = revealed(step, recipe, doc_start.shape[1])
+    if right is not None:
+        return Spans.annealed(doc_start, doc_end, right)
     block_size = {"ar": 1, "ar_diffusion": 1, "bidirectional": None, "block": recipe.block_size}[recipe.objective]
     return Spans.of(doc_start, doc_end, block_size, noisy=recipe.objective == "block")
 
@@ -242,21 +255,22 @@ def corrupt(x0, doc_start, doc_end, maskable, recipe, seed, step, rows, batch_ro
 
 # --- the loss -----------------------------------------------------------------------------------------------------
 
-def token_losses(model, noised, recipe):
+def token_losses(model, noised, recipe, step=None):
     """Cross entropy of every masked token, in nats, (N,) float32, in the order of noised.masked.nonzero()."""
     tokens = torch.cat([noised.xt, noised.x0], 1) if recipe.objective == "block" else noised.xt
-    hidden = model(tokens, spans_for(recipe, noised.doc_start, noised.doc_end))  # (B, S, d_model)
+    hidden = model(tokens, spans_for(recipe, noised.doc_start, noised.doc_end, step))  # (B, S, d_model)
     b, i = noised.masked.nonzero(as_tuple=True)
     where = b * hidden.shape[1] + read_at(recipe, noised.doc_start)[b, i]  # the vocabulary meets scored tokens only
     return model.token_loss(hidden.flatten(0, 1).index_select(0, where), noised.x0[b, i])
 
 
-def weighted_loss(model, noised, recipe):
+def weighted_loss(model, noised, recipe, step=None):
     """Σ weight · cross entropy over these rows' masked tokens, a scalar (Stable-DiffCoder §3.3, the ELBO's weights).
 
-    The training loss is this over the number of maskable tokens of the *global* batch, which the caller knows.
+    The training loss is this over the number of maskable tokens of the *global* batch, which the caller knows. step: of
+    the training, where attention is being annealed; None: it no longer is.
     """
-    return (token_losses(model, noised, recipe) * noised.weight[noised.masked]).sum()
+    return (token_losses(model, noised, recipe, step) * noised.weight[noised.masked]).sum()
 
 
 # --- the likelihood bound -----------------------------------------------------------------------------------------

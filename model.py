@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """cfg: a ModelConfig. `model(tokens, spans)` gives hidden states; `model.logits` and `model.loss` read them."""
+    """cfg: a ModelConfig. `model(tokens, spans)` gives hidden states; `model.logits` and `model.token_loss` read them."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -181,14 +181,16 @@ class KVCache:
     `length` over those that will not change; the rest are overwritten by the next forward.
     """
 
-    def __init__(self, cfg, batch, size, device, dtype):
-        shape = (cfg.n_layer, batch, cfg.n_kv_head, size, cfg.head_dim)
-        self.k, self.v = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+    def __init__(self, cfg, batch, size):
+        self.shape = (cfg.n_layer, batch, cfg.n_kv_head, size, cfg.head_dim)
+        self.k = self.v = None  # made by the first forward, which knows device and dtype
         self.length = 0
 
     def of_layer(self, i):
         """A function (k, v) of S new tokens -> (k, v) of all tokens up to and with them."""
         def extend(k, v):
+            if self.k is None:
+                self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
             end = self.length + k.shape[2]
             self.k[i, :, :, self.length:end], self.v[i, :, :, self.length:end] = k, v
             return self.k[i, :, :, :end], self.v[i, :, :, :end]

@@ -38,7 +38,7 @@ class Config:
 
 
 class Decoding:
-    """A text in the making: text (B, L) int64, <mask> where nothing is written yet, and how to get its logits.
+    """A text in the making, (B, L) int64 with <mask> where nothing is written yet, and how to get its logits.
 
     recipe: the model's objective, shift and block_size. cache: whether to keep keys and values (ar and block only).
     """
@@ -48,7 +48,7 @@ class Decoding:
         self.K = {"ar": 1, "block": recipe.block_size}.get(recipe.objective)  # None: the whole text is one block
         self.cache = None
         if cache and self.K:
-            self.cache = KVCache(model.cfg, *text.shape, text.device, model.lm_head.weight.dtype)
+            self.cache = KVCache(model.cfg, *text.shape)
         self.boundary = None  # hidden state of the last position before the block, which `shift` reads
 
     def logits(self, a, b):
@@ -86,8 +86,9 @@ def choose(logits, temperature, banned, generator):
     Returns tokens (B, n) int64 and confidence (B, n): the token's probability; untempered at temperature 0.
     """
     logits[..., banned] = float("-inf")
-    p = torch.softmax(logits / (temperature or 1.0), -1)
-    if temperature:
+    sampled = temperature > 1e-5  # below, the division overflows: the most likely token, as at 0
+    p = torch.softmax(logits / (temperature if sampled else 1.0), -1)
+    if sampled:
         tokens = torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:2])
     else:
         tokens = p.argmax(-1)
@@ -107,7 +108,8 @@ def generate(model, tok, recipe, prompt, samples=1, max_new_tokens=128, steps=0,
     is left out, or cut at max_new_tokens; and the number of tokens written, <eos> included.
     """
     device, n = model.lm_head.weight.device, len(prompt)
-    text = torch.full((samples, n + max_new_tokens), tok.mask_id, device=device)
+    masked = (torch.arange(n + max_new_tokens, device=device) >= n).repeat(samples, 1)  # (B, L)
+    text = masked * (tok.mask_id or 0)  # an autoregressive model may have no <mask>: it never reads what is not written
     text[:, :n] = torch.tensor(prompt, device=device)
     decoding = Decoding(model, text, recipe, cache)
     generator = torch.Generator(device).manual_seed(seed)
@@ -115,23 +117,23 @@ def generate(model, tok, recipe, prompt, samples=1, max_new_tokens=128, steps=0,
     K = decoding.K or text.shape[1]
     for a in range(n // K * K, text.shape[1], K):  # the prompt's ragged tail shares its block with the first new tokens
         b = min(a + K, text.shape[1])
-        to_fill = int((text[0, a:b] == tok.mask_id).sum())  # the same in every row
+        to_fill = int(masked[0, a:b].sum())  # the same in every row
         steps_here = min(steps or to_fill, to_fill)
         for step in range(steps_here):
             tokens, confidence = choose(decoding.logits(a, b), temperature, banned, generator)
-            masked = text[:, a:b] == tok.mask_id
-            chosen = confidence.masked_fill(~masked, -1).topk(share(to_fill, step, steps_here), 1).indices
+            chosen = confidence.masked_fill(~masked[:, a:b], -1).topk(share(to_fill, step, steps_here), 1).indices
             text[:, a:b].scatter_(1, chosen, tokens.gather(1, chosen))
-            if all(finished(row, n, tok) for row in text):
+            masked[:, a:b].scatter_(1, chosen, False)
+            if finished(text[:, n:], masked[:, n:], tok.eos_id):
                 return completions(text, n, tok)
     return completions(text, n, tok)
 
 
-def finished(row, n, tok):
-    """Whether a row (L,) has an <eos> after the prompt's n tokens with nothing masked to its left."""
-    written = row[n:].tolist()
-    stop = written.index(tok.eos_id) if tok.eos_id in written else len(written)
-    return stop < len(written) and tok.mask_id not in written[:stop]
+def finished(text, masked, eos_id):
+    """Whether every row of the completions (B, new) has an <eos> with nothing masked to its left, nor on it."""
+    if eos_id is None:
+        return False
+    return bool(((text == eos_id) & (masked.cumsum(1) == 0)).any(1).all())
 
 
 def completions(text, n, tok):

@@ -12,3 +12,9 @@ if ! cmp -s requirements.txt .venv/installed.txt; then  # the first time, or the
 fi
 [ "${1:-}" = all ] && marks="slow or not slow" || marks="not slow"
 "$PY" -m pytest -q -m "$marks" tests
+if "$PY" -c 'import triton' 2>/dev/null; then
+    echo "== the Triton kernel, through Triton's interpreter"
+    TRITON_INTERPRET=1 "$PY" -m pytest -q tests/test_attention_kernel_triton.py
+else
+    echo "== triton is not installed here: the kernel's tests were left out"
+fi

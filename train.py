@@ -62,6 +62,7 @@ class Config:
     u_warmup_steps: int = 0  # S: steps over which the cap on t rises from u_init to 1, with weights of 1
     u_init: float = 1e-3  # the cap at step 0
     strategies: tuple = ((0.0, 0.0, 0.0),)  # CoDA's rates of S1, S2, S3, one triple an epoch
+    anneal_steps: int = 0  # steps over which causal attention opens to the whole document, under objective=bidirectional
     # optimizer
     max_steps: int = 1000  # optimizer steps
     lr: float = 2e-3  # peak learning rate
@@ -92,19 +93,36 @@ def check(cfg):
     if cfg.batch_tokens % cfg.context:
         near = max(1, round(cfg.batch_tokens / cfg.context)) * cfg.context
         raise ValueError(f"batch_tokens={cfg.batch_tokens} must be a multiple of context={cfg.context}, such as {near}")
-    for name in ("context", "batch_tokens", "micro_batch", "max_steps", "save_every", "keep", "eval_windows", "eval_draws"):
+    for name in ("context", "batch_tokens", "micro_batch", "max_steps", "save_every", "keep", "eval_windows"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name}={getattr(cfg, name)} must be 1 or more")
-    for name in ("eval_every", "u_warmup_steps", "lr_warmup_steps", "threads", "weight_decay", "min_lr", "seed"):
+    for name in ("eval_every", "u_warmup_steps", "lr_warmup_steps", "anneal_steps", "threads", "weight_decay", "min_lr", "seed"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"{name}={getattr(cfg, name)} must be 0 or more")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be in [0, 1)")
+    if cfg.eval_draws < 2:
+        raise ValueError(f"eval_draws={cfg.eval_draws} must be 2 or more: a standard error takes two")
     for name in ("lr", "grad_clip"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"{name}={getattr(cfg, name)} must be above 0")
 
 
+def check_resumed(cfg, saved):
+    """A resumed run must go on as the same run; what may change is said. saved: the checkpoint's settings."""
+    changed = {k: (saved[k], v) for k, v in json.loads(json.dumps(asdict(cfg))).items() if k in saved and saved[k] != v}
+    for key in ("objective", "shift", "block_size", "schedule", "seed", "context", "batch_tokens", "cross_document"):
+        if key in changed:
+            raise ValueError(f"{key}={changed[key][1]} but the run in {cfg.out} has {key}={changed[key][0]}: resume with the same "
+                             "settings, or start another run with --out=FOLDER")
+    said = [f"{k} {old} -> {new}" for k, (old, new) in changed.items() if k not in ("init_from", "out", "threads", "dtype", "device")]
+    if said:
+        print(f"resuming with other settings: {', '.join(said)}")
+
+
 def pick_machine(cfg, saved):
-    """Device, dtype and threads: from the hardware once, then kept in the checkpoint, since they decide the bits.
+    """Device, dtype and threads, which decide the bits: from the hardware once, then dtype and threads from the checkpoint.
 
     saved: what the resumed checkpoint was made with, or None. Returns a dict of JSON values.
     """
@@ -113,7 +131,7 @@ def pick_machine(cfg, saved):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if not available[device]:
         raise ValueError(f"device={device!r} is not available here; --device={here} is")
-    fast_bf16 = (torch.cuda.is_bf16_supported() if device == "cuda" else
+    fast_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else
                  device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()))
     found = {"device": device, "dtype": "bfloat16" if fast_bf16 else "float32", "threads": torch.get_num_threads(),
              "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
@@ -129,8 +147,7 @@ def pick_machine(cfg, saved):
 
 def keep_freed_memory():
     """Ask glibc not to hand large buffers back to the system: a CPU step spent a fifth of its time getting them again."""
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: allocations below 1 GB come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
@@ -151,8 +168,8 @@ def build(cfg, given):
     if cfg.context > model.cfg.context:
         raise ValueError(f"context={cfg.context} is longer than the {model.cfg.context} of the model in {folder}")
     if Tokenizer(cfg.data).hf.get_vocab() != tok.hf.get_vocab():
-        raise ValueError(f"{cfg.data} was prepared with another tokenizer than the one in {folder}: prepare the data again "
-                         "with that one, or train from scratch")
+        raise ValueError(f"{cfg.data} was prepared with another tokenizer than the one in {folder}: prepare it "
+                         f"again with --tokenizer={checkpoint.find(folder)}, or train from scratch")
     return model, tok
 
 
@@ -172,6 +189,8 @@ if not resuming and (out / "latest").exists():
     raise ValueError(f"{out} already holds a run ({(out / 'latest').read_text()}); --init_from=resume continues it, "
                      "--out=FOLDER starts another")
 saved = checkpoint.read_json(checkpoint.find(out) / "state" / "train.json") if resuming else None
+if resuming:
+    check_resumed(cfg, saved["config"])
 machine = pick_machine(cfg, saved and saved["machine"])
 device = torch.device(machine["device"])
 torch.set_num_threads(machine["threads"])
@@ -195,8 +214,8 @@ if cfg.compile:
     model.compile()
 
 out.mkdir(parents=True, exist_ok=True)
-if start >= cfg.max_steps and f'{{"step": {start}, "val_nelbo"' in (out / "metrics.jsonl").read_text():
-    print(f"{out}: all {start} steps are done and evaluated; a larger --max_steps trains on")
+if start >= cfg.max_steps:
+    print(f"{out}: its {start} steps are done; a --max_steps above that trains on")
     sys.exit(0)
 checkpoint.cut_metrics(out / "metrics.jsonl", start)
 metrics = open(out / "metrics.jsonl", "a", buffering=1)  # a line is on disk when it is written
@@ -254,7 +273,7 @@ with tqdm(total=cfg.max_steps, initial=start, unit="step", mininterval=0.5, dyna
         loss = torch.zeros((), device=device)
         for a in range(0, batch_rows, cfg.micro_batch):
             with autocast():
-                part = weighted_loss(model, batch.rows(a, a + cfg.micro_batch, device), recipe) / scored
+                part = weighted_loss(model, batch.rows(a, a + cfg.micro_batch, device), recipe, step) / scored
             part.backward()
             loss += part.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -272,6 +291,8 @@ with tqdm(total=cfg.max_steps, initial=start, unit="step", mininterval=0.5, dyna
             "tokens": (step + 1) * cfg.batch_tokens, "tokens_per_s": cfg.batch_tokens / seconds, "seconds": seconds}) + "\n")
         bar.update()
         bar.set_postfix_str(f"loss {loss.item():.3f}, {cfg.batch_tokens / seconds:,.0f} tokens/s", refresh=False)
+        if step + 1 == cfg.max_steps and cfg.eval_every:
+            evaluate(cfg.max_steps)  # before the last checkpoint: a run that has it is complete
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.max_steps or asked_to_stop:
             checkpoint.save(out, step + 1, model, optimizer, tok, recipe, {"machine": machine, "config": asdict(cfg)}, cfg.keep)
         if asked_to_stop:
@@ -279,5 +300,3 @@ with tqdm(total=cfg.max_steps, initial=start, unit="step", mininterval=0.5, dyna
 if asked_to_stop:
     print(f"stopped after step {step + 1}; the same command with --init_from=resume goes on")
     sys.exit(128 + asked_to_stop[0])
-if cfg.eval_every:
-    evaluate(cfg.max_steps)

@@ -218,3 +218,28 @@ def test_a_hidden_state_moves_only_with_what_it_may_see(rows, objective, K, n_la
         moved = (net(changed, spans) - net(tokens, spans)).abs().amax(-1).T  # [i, j]: hidden i by token j
     assert (moved[~reaches] == 0).all()
     assert (moved[sees] > 0).all()
+
+
+# --- the kernel, as far as a machine without a GPU can tell ----------------------------------------------------------
+
+@pytest.mark.skipif(attention_kernel.triton is None or attention_kernel.INTERPRETED, reason="needs triton as a compiler")
+@pytest.mark.parametrize("kernel", ["forward_kernel", "dq_kernel", "dkdv_kernel"])
+@pytest.mark.parametrize("dtype, head_dim, capability", [("bf16", 128, 90), ("fp32", 40, 90), ("fp16", 64, 80)])
+def test_the_kernels_compile_for_hopper_and_ampere(kernel, dtype, head_dim, capability):
+    from bench.kernel_resources import compiled
+    for noisy in (True, False):
+        binary = compiled(getattr(attention_kernel, kernel), dict(M=32, N=32, num_warps=4, num_stages=2), head_dim, dtype,
+                          noisy, capability)
+        assert len(binary.asm["cubin"]) > 0
+
+
+def test_where_the_kernel_does_not_serve_one_line_says_why(capsys, monkeypatch):
+    attention_kernel.say_once.cache_clear()
+    monkeypatch.setattr(attention_kernel, "INTERPRETED", False)
+    for _ in range(2):
+        compare(Spans.of(*packed([9]), 4), 1, 1)
+    said = capsys.readouterr().err
+    assert said.count("attention: PyTorch tiles, since ") == 1
+    assert attention_kernel.triton is None or attention_kernel.why_tiled("cuda", torch.bfloat16, 128) is None
+    monkeypatch.setattr(attention_kernel, "triton", None)
+    assert attention_kernel.why_tiled("cuda", torch.bfloat16, 128) == "triton is not installed"

@@ -86,6 +86,14 @@ def test_weights_of_another_shape_are_refused(data_folder, tmp_path):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match="does not fit its config.json"):
             checkpoint.load(folder)
+    for rope in ({"type": "linear", "factor": 4.0}, {"rope_type": "yarn"}):
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_parameters"}
+                                                       | {"rope_scaling": rope}))
+        with pytest.raises(ValueError, match="is not supported: only 'default' is"):
+            checkpoint.load(folder)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "intermediate_size"}))
+    with pytest.raises(ValueError, match="does not say intermediate_size"):
+        checkpoint.load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="'gpt2' is not one of llama, qwen2, qwen3"):
         checkpoint.load(folder)

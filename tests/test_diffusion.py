@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 import diffusion
 import model
-from diffusion import (NOISE, Noised, Recipe, corrupt, draw_t, every_mask, nelbo, stream, token_losses, u_max,
+from diffusion import (NOISE, Noised, Recipe, corrupt, draw_t, every_mask, nelbo, spans_for, stream, token_losses, u_max,
                        weighted_loss)
 from test_attention_kernel import ATTENTION_OF, block_of, packed, packings, who_sees
 
@@ -121,6 +121,7 @@ def dense_log_p(net, tokens, positions, sees):
     (dict(u_init=0.0), "u_init=0.0 must be in"),
     (dict(objective="blok"), "'blok' must be one of ar, bidirectional"),
     (dict(schedule="cliped"), "'cliped' must be one of uniform"),
+    (dict(anneal_steps=5), "anneal_steps=5 needs objective='bidirectional'"),
     (dict(strategies=()), "must be one triple"),
     (dict(strategies=0.1), "must be one triple"),
     (dict(strategies=(("a", "b", "c"),)), "must be one triple"),
@@ -577,3 +578,15 @@ def test_at_block_size_1_the_nelbo_is_the_chain_rule(shift):
             ar = make("ar")
             assert nats == pytest.approx(nelbo(net, x0, *rest, ar)[0], rel=1e-5)
             assert nats == pytest.approx(weighted_loss(net, noise((x0, *rest), ar), ar).item(), rel=1e-5)
+
+
+# --- attention-mask annealing -------------------------------------------------------------------------------------
+
+def test_annealing_opens_causal_attention_to_bidirectional_one_token_at_a_time():
+    recipe, (doc_start, doc_end) = make("bidirectional", anneal_steps=10), packed([7, 13], [20])
+    masks = [spans_for(recipe, doc_start, doc_end, step).dense_mask() for step in range(11)]
+    causal, full = (spans_for(make(o), doc_start, doc_end).dense_mask() for o in ("ar_diffusion", "bidirectional"))
+    assert torch.equal(masks[0], causal) and torch.equal(masks[10], full)
+    i = torch.arange(20)
+    for step, mask in enumerate(masks[:10]):
+        assert torch.equal(mask, full & (i[None, :] <= i[:, None] + 2 * step))

@@ -186,8 +186,8 @@ def test_chunks_of_whole_blocks_through_the_cache_are_the_full_forward(K, total,
     net = ours(**FAMILIES[family])
     tokens = torch.randint(SIZES["vocab_size"], (2, total), generator=torch.Generator().manual_seed(total))
     full = net(tokens, spans_of([total], K, rows=2))
-    cache = KVCache(net.cfg, 2, total, "cpu", torch.float32)
-    cache.k.fill_(float("nan")), cache.v.fill_(float("nan"))  # what was never written must never be read
+    cache = KVCache(net.cfg, 2, total)
+    cache.k, cache.v = torch.full((2, *cache.shape), float("nan"))  # what was never written must never be read
 
     def forward(a, b, of):
         start = torch.zeros(2, b - a, dtype=torch.int32)
@@ -206,8 +206,8 @@ def test_chunks_of_whole_blocks_through_the_cache_are_the_full_forward(K, total,
 @torch.no_grad()
 def test_a_forward_writes_behind_the_length_and_nowhere_else():
     net = ours()
-    cache = KVCache(net.cfg, 1, 8, "cpu", torch.float32)
-    cache.k.zero_(), cache.v.zero_()
+    cache = KVCache(net.cfg, 1, 8)
+    cache.k, cache.v = torch.zeros(2, *cache.shape)
     cache.length = 2
     net(torch.arange(3)[None], Spans.of(*torch.tensor([[[0] * 3], [[8] * 3]], dtype=torch.int32), 1, first=2), cache)
     for kept in (cache.k, cache.v):

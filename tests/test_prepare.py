@@ -183,6 +183,14 @@ def test_where_the_text_gives_fewer_ids_than_asked_for_meta_counts_those_there_a
     assert len(Windows(tmp_path, "train", 16, tok.vocab_size)) > 0
 
 
+def test_another_folders_tokenizer_serves_where_one_is_named(prepared, tmp_path):
+    source, out, _ = prepared
+    prepare(source, tmp_path / "again", f"--tokenizer={out}", "--suffix=.py")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
+    assert contents(tmp_path / "again") == contents(out)
+    assert "no tokenizer at" in prepare(source, tmp_path / "more", "--tokenizer=/nowhere", fails=True)
+
+
 def test_a_mistyped_vocabulary_is_refused_and_leaves_what_was_prepared(copied):
     source, out = copied
     whole = contents(out)

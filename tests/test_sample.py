@@ -79,6 +79,16 @@ def test_autoregressive_decoding_is_the_plain_greedy_loop():
     assert found == [i for i in expected[4:] if i != EOS] and written == len(expected) - 4
 
 
+def test_an_autoregressive_model_whose_vocabulary_has_no_mask_samples_too():
+    class Plain:
+        bos_id, eos_id, mask_id, pad_id = BOS, EOS, None, None
+
+    for eos in (EOS, None):
+        Plain.eos_id = eos
+        (ids,), _ = sample.generate(random_model(5), Plain, Recipe("ar"), [BOS, 7, 8], max_new_tokens=12)
+        assert len(ids) == 12 or eos is not None
+
+
 @settings(deadline=None, max_examples=60)
 @given(recipes, st.integers(1, 9), st.integers(1, 17), st.integers(0, 9), st.sampled_from([0.0, 0.7]), st.integers(0, 10**6))
 def test_whatever_the_settings_every_position_is_written_and_never_with_mask_or_pad(recipe, n, new, steps, temperature, seed):

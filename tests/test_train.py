@@ -134,6 +134,16 @@ def test_compiled_runs_give_the_same_bits_and_the_eager_loss(data_folder, tmp_pa
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-3)
 
 
+def test_a_finished_run_has_nothing_to_resume(data_folder, tmp_path, capsys):
+    train(data_folder, tmp_path / "run", "--max_steps=5")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert json.loads(before.splitlines()[-1])["val_tokens"] > 0  # it ended with an evaluation
+    with pytest.raises(SystemExit) as end:
+        train(data_folder, tmp_path / "run", "--max_steps=5", "--init_from=resume")
+    assert end.value.code == 0 and "its 5 steps are done" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_block_diffusion_continues_from_autoregressive_weights(data_folder, tmp_path):
     train(data_folder, tmp_path / "ar", "--objective=ar", "--lr=0.01", "--max_steps=40")
     train(data_folder, tmp_path / "block", f"--init_from={tmp_path / 'ar'}", "--objective=block")
@@ -175,6 +185,9 @@ def test_a_disk_that_fills_up_while_saving_loses_nothing(data_folder, tmp_path):
     (["--objective=ar", "--shift=false"], "shift=False is not possible"),
     (["--objective=block", "--strategies=((0.1,0.1,0.1),)"], "need objective='bidirectional'"),
     (["--lr=-1"], "lr=-1.0 must be above 0"),
+    (["--beta1=1.5"], "beta1=1.5 must be in"),
+    (["--eval_draws=1"], "eval_draws=1 must be 2 or more"),
+    (["--anneal_steps=5"], "anneal_steps=5 needs objective='bidirectional'"),
     (["--init_from=/nowhere"], "no checkpoint in /nowhere"),
     (["--init_from=resume"], "no checkpoint in"),
     (["--device=cuda"], "device='cuda' is not available"),
@@ -198,6 +211,10 @@ def test_a_finished_run_is_not_overwritten_and_foreign_or_damaged_checkpoints_ar
     train(data_folder, tmp_path / "run", "--max_steps=5")
     with pytest.raises(ValueError, match="already holds a run"):
         train(data_folder, tmp_path / "run")
+    with pytest.raises(ValueError, match="seed=5 but the run in .* has seed=1337"):
+        train(data_folder, tmp_path / "run", "--init_from=resume", "--seed=5")
+    with pytest.raises(ValueError, match="objective=ar but the run in"):
+        train(data_folder, tmp_path / "run", "--init_from=resume", "--objective=ar")
     with pytest.raises(ValueError, match="n_layer=3 was asked for"):
         train(data_folder, tmp_path / "new", f"--init_from={tmp_path / 'run'}", "--n_layer=3")
 

@@ -2,6 +2,7 @@
 
     python -m data.stdlib.prepare                                        # the standard library, about 12 MB
     python -m data.stdlib.prepare --source=/path/to/code --out=data/mine # any other tree of code
+    python -m data.stdlib.prepare --source=/path/to/code --out=data/more --tokenizer=out/toy/step_0000300  # same ids
 
 Writes train.bin and val.bin (token ids, uint16 or uint32), train.idx and val.idx (where each document starts, and
 the end: int64), tokenizer.json and meta.json. A document is <bos>, a file's tokens, <eos>. A file goes to train or
@@ -28,6 +29,7 @@ class Config:
     out: str = "data/stdlib"  # folder to write to
     suffix: str = ".py"  # which files to take, by the end of their names
     vocab_size: int = 4096  # ids in all: 4 special tokens, 256 bytes, the rest merges
+    tokenizer: str = ""  # folder of a tokenizer.json to use; empty: train one
     val_percent: float = 5.0  # share of the files held out for validation, in percent
 
 
@@ -87,7 +89,7 @@ def main():
         raise ValueError(f"val_percent={cfg.val_percent} must be between 0 and 100")
 
     files = read_files(source, cfg.suffix)
-    fingerprint = hashlib.sha256(repr((files, cfg.suffix, cfg.vocab_size, cfg.val_percent, SPLIT)).encode()).hexdigest()
+    fingerprint = hashlib.sha256(repr((files, cfg.suffix, cfg.vocab_size, cfg.val_percent, cfg.tokenizer, SPLIT)).encode()).hexdigest()
     meta_path = out / "meta.json"
     products = [out / f for f in ("train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.json")]
     if meta_path.is_file() and json.loads(meta_path.read_text()).get("fingerprint") == fingerprint:
@@ -100,11 +102,16 @@ def main():
         raise ValueError(f"{source} has {len(splits['train'])} {cfg.suffix} files for training and {len(splits['val'])} "
                          "for validation after filtering; both need one or more")
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{out}: training a tokenizer of {cfg.vocab_size} ids on {len(splits['train'])} files of {source}")
-    trained = train_tokenizer(splits["train"], cfg.vocab_size)
+    if cfg.tokenizer:
+        text = Tokenizer(cfg.tokenizer).json
+    else:
+        print(f"{out}: training a tokenizer of {cfg.vocab_size} ids on {len(splits['train'])} files of {source}")
+        text = train_tokenizer(splits["train"], cfg.vocab_size).to_str(pretty=True)
     meta_path.unlink(missing_ok=True)  # interrupted from here on, the folder counts as unfinished
-    write_aside(out / "tokenizer.json", lambda f: f.write(trained.to_str(pretty=True).encode()))
+    write_aside(out / "tokenizer.json", lambda f: f.write(text.encode()))
     tok = Tokenizer(out)
+    if tok.bos_id is None or tok.eos_id is None:
+        raise ValueError(f"{cfg.tokenizer} has no <bos> or no <eos>, which begin and end a document")
     meta = {name: write_split(out, name, texts, tok) for name, texts in splits.items()}
     for name, m in meta.items():
         print(f"{out}: {name} {m['files']} files, {m['bytes']:,} bytes, {m['tokens']:,} tokens")

@@ -80,7 +80,8 @@ class Spans:
         """Causal attention with `right` more tokens revealed: 0 is causal, the length of the row is bidirectional.
 
         The attention-mask annealing of DiffuLLaMA and DiffuCoder's adaptation, with a difference: DiffuLLaMA's code
-        reveals random future keys, here an edge moves. Position i sees [doc_start, i + 1 + right), and is seen by [i - right, doc_end): the same tables hold.
+        reveals random future keys, here an edge moves. Position i sees [doc_start, i + 1 + right), and is seen by
+        [i - right, doc_end): the same tables hold.
         """
         i = torch.arange(doc_start.shape[1], dtype=torch.int32, device=doc_start.device)
         return cls(doc_start, doc_end, torch.minimum(torch.maximum(doc_start, i - right), doc_end),
@@ -226,10 +227,10 @@ def grouped_attention(q, k, v, mask):
 #     clean key j is seen by     clean queries [block_start, doc_end)     noisy queries [block_end, doc_end)
 #     noisy key j                none                                     noisy queries [block_start, block_end)
 #
-# There are no atomics: with the same choice of tiles a run repeats to the bit. Each program takes one tile of one head; the heaviest tiles start
-# first, and programs that share K and V (the heads of a group, the noisy and the clean tile of the same positions) start
-# close together, to find them in the L2 cache. Each kernel has one loop over tiles, for both halves, border and
-# inside: a copy of the loop for each kind was seen to spill ten times the registers.
+# There are no atomics: with the same choice of tiles a run repeats to the bit. Each program takes one tile of one head; the
+# heaviest tiles start first, and programs that share K and V (the heads of a group, the noisy and the clean tile of the
+# same positions) start close together, to find them in the L2 cache. Each kernel has one loop over tiles, for both halves,
+# border and inside: with a copy of the loop for each kind, the compiler spilled several times the registers.
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # the softmax is taken in powers of two: exp2 is the hardware's
 DOC_START, DOC_END, BLOCK_START, BLOCK_END = (tl.constexpr(row) for row in range(4))  # as in `Spans.stacked`
@@ -258,7 +259,8 @@ def interval(bounds, i, T, start_row, end_row, TILE: tl.constexpr):
     some = real & (start < end)
     lo = tl.min(tl.where(some, start, T), 0) // TILE * TILE
     hi = tl.max(tl.where(some, end, 0), 0)
-    return start, end, lo, tl.max(tl.where(real, start, 0), 0), tl.min(tl.where(real, end, T), 0) // TILE * TILE, hi
+    a, b = tl.max(tl.where(real, start, 0), 0), tl.min(tl.where(real, end, T), 0) // TILE * TILE
+    return start, end, lo, a, b, hi
 
 
 @jit
@@ -449,7 +451,7 @@ def kernel_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
     """dQ, dK and dV of `attention` from the gradient `do` of its output (FlashAttention-2, Algorithm 2)."""
     q, k, v, do = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, do))
     (B, H, S, D), T = q.shape, bounds.shape[2]
-    delta = (do.float() * out.float()).sum(-1)  # (B, n_head, S)
+    delta = (do.float() * out.float()).sum(-1).contiguous()  # (B, n_head, S)
     dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
     shared = (H, H // k.shape[1], T, bucket(T), LOG2_E.value / D**0.5)
     constants = {"D": D, "DP": max(16, triton.next_power_of_2(D))}

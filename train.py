@@ -146,7 +146,7 @@ def pick_machine(cfg, saved):
 
 
 def keep_freed_memory():
-    """Ask glibc not to hand large buffers back to the system: a CPU step spent a fifth of its time getting them again."""
+    """Ask glibc not to hand large buffers back to the system: a CPU step spent a quarter of its time getting them again."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: allocations below 1 GB come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

@@ -163,11 +163,16 @@ def why_tiled(device_type, dtype, head_dim):
         return "triton is not installed"
     if device_type != "cuda" and not INTERPRETED:
         return f"the device is {device_type}, not cuda"
-    if not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    if not INTERPRETED and older_than_ampere():
         return "this GPU is older than Ampere"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the kernel has no {dtype}"
     return None if head_dim <= 256 else f"head_dim {head_dim} is above 256"
+
+
+@torch.compiler.assume_constant_result  # a question to the driver, which a compiled graph should not ask
+def older_than_ampere():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
 
 
 def say_if_tiled(device_type, dtype, head_dim):
@@ -403,7 +408,7 @@ def small_for_float32(configs, arguments, **_):
     """float32 has no matrix unit here (IEEE, not TF32): its large tiles take minutes to compile and spill everything."""
     if arguments["Q"].dtype != torch.float32:
         return configs
-    return [c for c in configs if c.kwargs["M"] * c.kwargs["N"] <= 32 * 64]
+    return [c for c in configs if c.kwargs["M"] * c.kwargs["N"] <= 32 * 64] or configs
 
 
 def launch(kernel, tile, programs, T, noisy, *arguments, **constants):

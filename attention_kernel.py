@@ -455,7 +455,7 @@ def kernel_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
                     bounds: torch.Tensor, noisy: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ, dK and dV of `attention` from the gradient `do` of its output (FlashAttention-2, Algorithm 2)."""
     q, k, v, do = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, do))
-    (B, H, S, D), T = q.shape, bounds.shape[2]
+    (B, H, _, D), T = q.shape, bounds.shape[2]
     delta = (do.float() * out.float()).sum(-1).contiguous()  # (B, n_head, S)
     dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
     shared = (H, H // k.shape[1], T, bucket(T), LOG2_E.value / D**0.5)

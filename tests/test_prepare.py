@@ -1,7 +1,6 @@
 """data/stdlib/prepare.py: what it writes for a small tree of code, and when it writes at all."""
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys

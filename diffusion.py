@@ -111,7 +111,7 @@ def block_firsts(doc_start, recipe):
 
 
 def revealed(step, recipe, T):
-    """How many tokens to its right a position sees at this step of the adaptation (DiffuCoder §3); None: all of them."""
+    """How many tokens to its right a position sees at this step of the annealing (see Spans.annealed); None: all of them."""
     return None if step is None or step >= recipe.anneal_steps else T * step // recipe.anneal_steps
 
 

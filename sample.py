@@ -154,6 +154,8 @@ def main():
         raise ValueError(f"temperature={cfg.temperature} and steps={cfg.steps} must be 0 or more")
     here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = here if cfg.device == "auto" else cfg.device
+    if device not in (here, "cpu"):
+        raise ValueError(f"device={device!r} is not available here; --device={here} is")
 
     folder = checkpoint.find(cfg.init_from or checkpoint.newest_run())
     model, tok, hf = checkpoint.load(folder, device)

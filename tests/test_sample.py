@@ -147,11 +147,13 @@ def test_decoding_stops_at_an_eos_with_nothing_masked_to_its_left(monkeypatch):
     (["--samples=0"], "samples=0 must be 1 or more"),
     (["--temperature=-1"], "temperature=-1.0"),
     (["--init_from=/nowhere"], "no checkpoint in /nowhere"),
+    (["--device=mps"], "device='mps' is not available here"),
     (["--promt=x"], "did you mean 'prompt'"),
 ])
 def test_mistakes_end_in_one_sentence(data_folder, tmp_path, monkeypatch, arguments, says):
     from tokenizer import Tokenizer
     import test_checkpoint
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)  # so that asking for it is a mistake everywhere
     tok = Tokenizer(data_folder)
     test_checkpoint.save(tmp_path / "run", 1, test_checkpoint.small_model(tok), tok)
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--init_from={tmp_path / 'run'}", *arguments])

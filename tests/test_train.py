@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from conftest import ROOT
+from loader import Windows
+from tokenizer import Tokenizer
 
 WALL_CLOCK = {"seconds", "tokens_per_s"}
 TINY = ["--context=32", "--batch_tokens=256", "--micro_batch=4", "--d_model=32", "--n_layer=2", "--n_head=2", "--n_kv_head=1",
@@ -122,6 +124,54 @@ def test_accumulation_changes_nothing_but_rounding(data_folder, tmp_path):
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many")):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)  # 24 steps let float32 rounding grow
         assert a["mask_rate"] == b["mask_rate"]
+
+
+CHANGING = ["--seed=2", "--shift=true", "--block_size=2", "--schedule=count", "--antithetic=false",
+            "--u_warmup_steps=3", "--u_warmup_steps=3 --u_init=0.9", "--schedule=uniform", "--schedule=uniform --t_min=0.9",
+            "--objective=bidirectional", "--objective=ar_diffusion", "--objective=ar", "--rope_theta=100", "--norm_eps=0.1",
+            "--qkv_bias=true", "--qk_norm=true", "--tie_embeddings=false", "--lr=0.1", "--min_lr=0.1", "--lr_warmup_steps=0",
+            "--weight_decay=9", "--beta1=0.1", "--beta2=0.1", "--grad_clip=0.01", "--batch_tokens=128", "--d_ff=40",
+            "--objective=bidirectional --schedule=uniform --strategies=((0,0,1),)", "--objective=bidirectional --anneal_steps=9"]
+
+
+def test_every_setting_that_should_change_the_numbers_does(data_folder, tmp_path):
+    """A setting that never reached what it sets would leave two of these runs alike."""
+    found = {}
+    for n, more in enumerate(["", *CHANGING]):
+        train(data_folder, tmp_path / str(n), "--max_steps=3", "--lr_warmup_steps=1", "--eval_every=0",
+              "--dtype=float32", *more.split())
+        found.setdefault(weights(tmp_path / str(n)), []).append(more)
+    assert [alike for alike in found.values() if len(alike) > 1] == []
+
+
+def test_documents_see_each_other_only_where_asked_for(data_folder, tmp_path):
+    for name in ("true", "false"):
+        train(data_folder, tmp_path / name, f"--cross_document={name}", "--context=512", "--batch_tokens=65536", "--micro_batch=64",
+              "--max_steps=1", "--eval_every=0")
+    assert weights(tmp_path / "true") != weights(tmp_path / "false")
+
+
+def test_annealing_begins_as_causal_attention_and_ends_as_bidirectional(data_folder, tmp_path):
+    loss = {}
+    for name, more in (("causal", ["--objective=ar_diffusion"]), ("annealed", ["--objective=bidirectional", "--anneal_steps=9"]),
+                       ("open", ["--objective=bidirectional"])):
+        train(data_folder, tmp_path / name, "--max_steps=1", "--eval_every=0", "--schedule=uniform", "--dtype=float32", *more)
+        loss[name] = metrics(tmp_path / name)[0]["loss"]
+    assert loss["annealed"] == pytest.approx(loss["causal"], rel=1e-6) and loss["annealed"] != pytest.approx(loss["open"], rel=1e-6)
+
+
+def test_the_curriculum_follows_the_epochs_of_the_data(data_folder, tmp_path):
+    """S1 only in the second epoch: the same numbers before it, others from its first step on."""
+    losses = []
+    for name, strategies in (("plain", "((0,0,0),)"), ("later", "((0,0,0),(1,0,0))")):
+        train(data_folder, tmp_path / name, "--objective=bidirectional", "--schedule=uniform", f"--strategies={strategies}",
+              "--batch_tokens=65536", "--context=256", "--micro_batch=64", "--max_steps=4", "--eval_every=0", "--dtype=float32")
+        losses.append([m["loss"] for m in metrics(tmp_path / name)])
+    rows = Windows(data_folder, "train", 256, Tokenizer(data_folder).vocab_size)
+    first_of_second = len(rows) // 256  # the step in which the second epoch begins
+    assert 0 < first_of_second < 4, "the corpus no longer suits this test"
+    assert losses[0][:first_of_second] == losses[1][:first_of_second]
+    assert all(a != b for a, b in zip(losses[0][first_of_second:], losses[1][first_of_second:]))
 
 
 @pytest.mark.slow

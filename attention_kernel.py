@@ -97,9 +97,10 @@ class Spans:
         i = self.first + torch.arange(self.doc_start.shape[1], device=self.doc_start.device) - self.doc_start
         return torch.cat([i, i], 1) if self.noisy else i
 
-    def to(self, device):
-        names = ("doc_start", "doc_end", "block_start", "block_end")
-        return Spans(*(getattr(self, n).to(device, non_blocking=True) for n in names), self.noisy, self.first)
+    @property
+    def pairs(self):
+        """How many query-key pairs these rows have, a head: what attention costs. A noisy query has as many as its clean twin."""
+        return int((self.block_end - self.doc_start).sum()) * (2 if self.noisy else 1)
 
     def dense_mask(self):
         """(B, S, S) bool, True where a query (dim 1) sees a key (dim 2): the reference, quadratic in memory."""

@@ -278,39 +278,46 @@ def weighted_loss(model, noised, recipe, step=None):
 EXACT_UP_TO = 8  # maskable tokens in a block: 2^8 - 1 = 255 forwards
 
 
-def every_mask(noised, recipe):
+def largest_block(recipe, doc_start, maskable):
+    """How many maskable tokens the largest block of these rows has."""
+    first = block_firsts(doc_start, recipe)
+    return int(torch.zeros_like(first).scatter_add(1, first, maskable.long()).max())
+
+
+def every_mask(noised, recipe, largest):
     """Noised rows that together run every block through each of its 2^n - 1 masks, with the NELBO's weights.
 
-    A mask of m of the block's n tokens has weight ∫ t^(m-1) (1-t)^(n-m) dt = 1 / (m · C(n, m)).
+    A mask of m of the block's n tokens has weight ∫ t^(m-1) (1-t)^(n-m) dt = 1 / (m · C(n, m)). largest: no n is above it.
     """
     first = block_firsts(noised.doc_start, recipe)
     count = torch.zeros_like(first).scatter_add(1, first, noised.maskable.long())
     before = noised.maskable.long().cumsum(1) - noised.maskable.long()  # maskable tokens of the row to the left
     place = before - before.gather(1, first)  # this one's number in its block
     n = count.gather(1, first)
-    for pattern in range(1, 2 ** int(n.max())):
+    for pattern in range(1, 2**largest):
         m = pattern.bit_count()
         masked = noised.maskable & ((pattern >> place) & 1).bool() & (pattern < 2**n)
-        coefficient = torch.tensor([1 / (m * comb(size, m)) if size >= m else 0.0 for size in range(int(n.max()) + 1)])
+        coefficient = torch.tensor([1 / (m * comb(size, m)) if size >= m else 0.0 for size in range(largest + 1)])
         xt = noised.x0.masked_fill(masked, recipe.mask_id)
         yield Noised(noised.x0, xt, masked, noised.maskable, coefficient.to(n.device)[n], noised.doc_start, noised.doc_end)
 
 
 @torch.no_grad()
-def nelbo(model, x0, doc_start, doc_end, maskable, recipe, draws=8, seed=0, rows=None):
+def nelbo(model, x0, doc_start, doc_end, maskable, recipe, draws=8, seed=0, rows=None, largest=None):
     """The negative evidence lower bound of these rows, in nats: -log p(x0) is at most this much.
 
     x0, doc_start, doc_end, maskable: (B, T), on the model's device. Exact under `ar` (the likelihood itself) and where
     no block has more than 8 maskable tokens; else `draws` Monte Carlo masks by the `count` schedule, whose weight is
     n / m. rows: (B,) numbers of the rows in their random streams; None: 0, 1, …
+    largest: maskable tokens of the largest block, of all processes' rows where these must run alike; None: of these rows.
     Returns (nats, variance): floats, the sum over all maskable tokens and the estimate's variance, 0 where exact.
     """
     clean = Noised(x0, x0, maskable, maskable, maskable.float(), doc_start, doc_end)
     if recipe.objective == "ar":
         return weighted_loss(model, clean, recipe).item(), 0.0
-    first = block_firsts(doc_start, recipe)
-    if torch.zeros_like(first).scatter_add(1, first, maskable.long()).max() <= EXACT_UP_TO:
-        return sum((weighted_loss(model, noised, recipe).item() for noised in every_mask(clean, recipe)), 0.0), 0.0
+    largest = largest_block(recipe, doc_start, maskable) if largest is None else largest
+    if largest <= EXACT_UP_TO:
+        return sum((weighted_loss(model, noised, recipe).item() for noised in every_mask(clean, recipe, largest)), 0.0), 0.0
 
     plain = Recipe(recipe.objective, recipe.shift, recipe.block_size, "count", antithetic=False, mask_id=recipe.mask_id)
     host = [x.cpu() for x in (x0, doc_start, doc_end, maskable)]

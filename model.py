@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from attention_kernel import attention
@@ -118,6 +119,19 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def my_rows(p):
+    """A weight as this process holds it: (tensor, slice), its own rows and which ones of the whole they are.
+
+    FSDP splits dimension 0 into equal chunks, the last ones short or empty; a weight that is not sharded is whole.
+    """
+    if not isinstance(p, DTensor):
+        return p, slice(0, p.shape[0])
+    split = [isinstance(placement, Shard) for placement in p.placements].index(True)
+    chunk = -(-p.shape[0] // p.device_mesh.size(split))
+    first = min(p.device_mesh.get_local_rank(split) * chunk, p.shape[0])
+    return p.to_local(), slice(first, first + p.to_local().shape[0])
+
+
 class Transformer(nn.Module):
     """cfg: a ModelConfig. `model(tokens, spans)` gives hidden states; `model.logits` and `model.token_loss` read them."""
 
@@ -127,19 +141,25 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
-        self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        if not cfg.tie_embeddings:
+            self.lm_head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
         self.init_weights()
-        if cfg.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
 
+    @torch.no_grad()
     def init_weights(self):
-        """Normal(0, 0.02), the two projections into the residual stream smaller by √(2·n_layer) (GPT-2 §2.3)."""
+        """Normal(0, 0.02), the two projections into the residual stream smaller by √(2·n_layer) (GPT-2 §2.3).
+
+        Each process draws every weight whole, one at a time, and keeps its own rows: the same model however it is sharded.
+        """
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * self.cfg.n_layer) ** 0.5 if into_residual else 0.02)
+                std = 0.02 / (2 * self.cfg.n_layer) ** 0.5 if into_residual else 0.02
+                whole = torch.empty(p.shape).normal_(std=std)
             else:
-                (nn.init.zeros_ if name.endswith("bias") else nn.init.ones_)(p)
+                whole = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
+            mine, rows = my_rows(p)
+            mine.copy_(whole[rows])
 
     def forward(self, tokens, spans, cache=None):
         """Hidden states after the final norm.
@@ -153,9 +173,14 @@ class Transformer(nn.Module):
             x = layer(x, spans, angles, cache and cache.of_layer(i))
         return self.norm(x)
 
+    @property
+    def head(self):
+        """The matrix that projects on the vocabulary, (vocab_size, d_model)."""
+        return (self.embed_tokens if self.cfg.tie_embeddings else self.lm_head).weight
+
     def logits(self, hidden):
         """hidden (..., d_model) -> (..., vocab_size) float32."""
-        return self.lm_head(hidden).float()
+        return F.linear(hidden, self.head).float()
 
     def token_loss(self, hidden, targets):
         """Cross entropy of each position, in nats, without ever holding all logits.

@@ -21,12 +21,18 @@ from attention_kernel import Spans
 from configurator import configure
 from diffusion import Recipe, read_at, spans_for
 from model import KVCache
+from parallel import pick_device
 
 
 @dataclass
 class Config:
     prompt: str = "def fibonacci(n):"  # the text to go on from
-    init_from: str = ""  # folder of a run or a checkpoint; empty: the run in out/ that saved last
+    init_from: str = ""  # folder of a run or a checkpoint, or a model's name on the Hub; empty: the run in out/ that saved last
+    objective: Literal["ar", "bidirectional", "ar_diffusion", "block"] | None = None  # none: as the folder says
+    shift: bool | None = None  # predict token i at position i - 1; none: as the folder says
+    block_size: int | None = None  # K; none: as the folder says
+    mask_token: str = ""  # name of the mask, where the folder does not say
+    chat: bool = False  # the prompt is a user's message in the folder's chat template
     samples: int = 1  # how many completions
     max_new_tokens: int = 128  # longest completion, in tokens
     steps: int = 0  # forwards a block, each unmasking an equal share; 0: one for every token
@@ -34,7 +40,7 @@ class Config:
     cache: bool = True  # False: every forward sees the whole text again, for the same logits
     seed: int = 1337  # of the sampling
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the matrix products
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on a GPU that has it
 
 
 class Decoding:
@@ -107,13 +113,14 @@ def generate(model, tok, recipe, prompt, samples=1, max_new_tokens=128, steps=0,
     Returns a list of `samples` lists of ids, each ended by the first <eos> that had nothing masked to its left, which
     is left out, or cut at max_new_tokens; and the number of tokens written, <eos> included.
     """
-    device, n = model.lm_head.weight.device, len(prompt)
+    device, n = model.embed_tokens.weight.device, len(prompt)
     masked = (torch.arange(n + max_new_tokens, device=device) >= n).repeat(samples, 1)  # (B, L)
     text = masked * (tok.mask_id or 0)  # an autoregressive model may have no <mask>: it never reads what is not written
     text[:, :n] = torch.tensor(prompt, device=device)
     decoding = Decoding(model, text, recipe, cache)
     generator = torch.Generator(device).manual_seed(seed)
-    banned = [i for i in (tok.mask_id, tok.pad_id) if i is not None]
+    banned = [i for i in (tok.mask_id, tok.pad_id) if i not in (None, tok.eos_id)]  # Qwen pads with its end of text
+    banned += range(tok.vocab_size, model.cfg.vocab_size)  # rows that pad the embedding stand for no token
     K = decoding.K or text.shape[1]
     for a in range(n // K * K, text.shape[1], K):  # the prompt's ragged tail shares its block with the first new tokens
         b = min(a + K, text.shape[1])
@@ -152,15 +159,18 @@ def main():
         raise ValueError('the prompt is empty; --prompt "def fibonacci(n):" is one')
     if cfg.temperature < 0 or cfg.steps < 0:
         raise ValueError(f"temperature={cfg.temperature} and steps={cfg.steps} must be 0 or more")
-    here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = here if cfg.device == "auto" else cfg.device
-    if device not in (here, "cpu"):
-        raise ValueError(f"device={device!r} is not available here; --device={here} is")
+    device = pick_device(cfg.device)
+    fast_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if fast_bf16 else torch.float32
 
     folder = checkpoint.find(cfg.init_from or checkpoint.newest_run())
-    model, tok, hf = checkpoint.load(folder, device)
-    recipe = Recipe(*(hf[k] for k in checkpoint.DIFFUSION_KEYS), mask_id=tok.mask_id)
-    prompt = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(cfg.prompt)
+    model, tok, found = checkpoint.load(folder, device, dtype, cfg.mask_token, objective=cfg.objective, shift=cfg.shift,
+                                        block_size=cfg.block_size)
+    recipe = Recipe(**found, mask_id=tok.mask_id)
+    if cfg.chat:
+        prompt = tok.chat([{"role": "user", "content": cfg.prompt}])
+    else:
+        prompt = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(cfg.prompt)
     room = model.cfg.context - len(prompt)
     if room < 1:
         raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context only {model.cfg.context}: shorten the prompt")
@@ -170,12 +180,13 @@ def main():
         raise ValueError(f"steps={cfg.steps} is more than the {K} tokens of a block: each step unmasks one or more")
 
     began = time.time()
-    with torch.autocast(device, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-        texts, written = generate(model, tok, recipe, prompt, cfg.samples, new, cfg.steps, cfg.temperature, cfg.cache, cfg.seed)
+    texts, written = generate(model, tok, recipe, prompt, cfg.samples, new, cfg.steps, cfg.temperature, cfg.cache, cfg.seed)
     seconds = time.time() - began
+    how = {"ar": "ar", "block": f"block, K = {recipe.block_size}"}.get(recipe.objective, recipe.objective)
+    print(f"--- {folder}: {how}, {'shift' if recipe.shift else 'no shift'}, mask {tok.mask_id}, {str(dtype)[6:]} on {device}")
     for i, ids in enumerate(texts):
-        print(f"--- {folder}, {recipe.objective}, sample {i + 1} of {cfg.samples}")
-        print(cfg.prompt + tok.decode(ids))
+        print(f"--- sample {i + 1} of {cfg.samples}")
+        print(("" if cfg.chat else cfg.prompt) + tok.decode(ids))
     print(f"--- {written} tokens in {seconds:.2f} s, {written / seconds:.0f} tokens/s")
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; `bash test.sh all` runs it")
+    config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")  # single processes save and load too
     torch.set_num_threads(1)
 
 

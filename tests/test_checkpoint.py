@@ -95,7 +95,7 @@ def test_weights_of_another_shape_are_refused(data_folder, tmp_path):
     with pytest.raises(ValueError, match="does not say intermediate_size"):
         checkpoint.load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="'gpt2' is not one of llama, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="'gpt2' is not one of .*llama, qwen2, qwen3"):
         checkpoint.load(folder)
 
 

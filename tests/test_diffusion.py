@@ -106,7 +106,7 @@ def dense_log_p(net, tokens, positions, sees):
         h, mlp = norm(x, layer.post_attention_layernorm), layer.mlp
         gate, up = (h @ m.weight.double().T for m in (mlp.gate_proj, mlp.up_proj))
         x = x + (gate * gate.sigmoid() * up) @ mlp.down_proj.weight.double().T
-    return (norm(x, net.norm) @ net.lm_head.weight.double().T).log_softmax(-1)
+    return (norm(x, net.norm) @ net.head.double().T).log_softmax(-1)
 
 
 # --- recipes ------------------------------------------------------------------------------------------------------
@@ -489,7 +489,7 @@ def test_nothing_to_score_is_a_loss_of_0(objective, shift):
 def test_every_mask_has_the_integral_as_its_weight(n):
     """1/(m·C(n,m)) against quadrature of t^(m-1) (1-t)^(n-m), to 1e-10, and every mask once."""
     data = batch([1, n + 1])  # the document's first token is context
-    found = list(every_mask(Noised(data[0], data[0], data[3], data[3], data[3].float(), *data[1:3]), make("bidirectional")))
+    found = list(every_mask(Noised(data[0], data[0], data[3], data[3], data[3].float(), *data[1:3]), make("bidirectional"), n))
     assert {tuple(noised.masked[0, 2:].tolist()) for noised in found} == {
         tuple(i in chosen for i in range(n)) for m in range(1, n + 1) for chosen in combinations(range(n), m)}
     assert len(found) == 2**n - 1

@@ -230,11 +230,11 @@ def test_the_loss_in_chunks_is_the_cross_entropy_in_values_and_gradients(monkeyp
     monkeypatch.setattr(net, "logits", lambda h: rows.append(len(h)) or Transformer.logits(net, h))
     loss = net.token_loss(hidden, targets)
     assert loss.shape == (n,) and loss.dtype == torch.float32
-    got = torch.autograd.grad((loss * weight).sum(), [hidden, net.lm_head.weight])
+    got = torch.autograd.grad((loss * weight).sum(), [hidden, net.head])
     assert max(rows, default=0) <= max(1, rows_at_once), "no more logits at once than allowed"
-    expected = F.cross_entropy(hidden @ net.lm_head.weight.T, targets, reduction="none")
+    expected = F.cross_entropy(hidden @ net.head.T, targets, reduction="none")
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    wanted = torch.autograd.grad((expected * weight).sum(), [hidden, net.lm_head.weight])
+    wanted = torch.autograd.grad((expected * weight).sum(), [hidden, net.head])
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -273,7 +273,7 @@ def test_the_papers_models_have_as_many_parameters_as_their_configs_say(family, 
 
 def test_tied_embeddings_are_one_parameter_and_norms_start_at_one():
     net = Transformer(ModelConfig(**SIZES | {"tie_embeddings": True}, qkv_bias=True))
-    assert net.lm_head.weight is net.embed_tokens.weight
+    assert net.head is net.embed_tokens.weight
     for name, p in net.named_parameters():
         if p.dim() == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all()

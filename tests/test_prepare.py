@@ -13,7 +13,7 @@ from loader import Windows
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PRODUCTS = ["train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.json", "meta.json"]
+PRODUCTS = ["train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.json", "tokenizer_config.json", "meta.json"]
 TEXTS = {f"{d}m{i}.py": f"def f{i}(x):\r\n\treturn 'é日🙂 <eos>' + x[{i}:]\n" * (i % 4 + 1)
          for d, i in zip(["", "a/", "a/b/"] * 10, range(30))}
 
@@ -80,7 +80,7 @@ def copied(prepared, tmp_path):
     return tmp_path / "source", tmp_path / "out"
 
 
-def test_it_writes_its_six_files_and_nothing_else(prepared):
+def test_it_writes_its_seven_files_and_nothing_else(prepared):
     assert sorted(p.name for p in prepared[1].iterdir()) == sorted(PRODUCTS)
 
 
@@ -155,7 +155,7 @@ def test_a_change_of_the_source_or_of_a_setting_is_noticed(copied, change):
         assert "changed = True\n" in texts_of(out, "train")
 
 
-@pytest.mark.parametrize("lost", ["meta.json", "val.idx"])
+@pytest.mark.parametrize("lost", ["meta.json", "val.idx", "tokenizer_config.json"])
 def test_an_interrupted_run_or_a_lost_product_is_made_again(copied, lost):
     source, out = copied
     whole = contents(out)
@@ -188,6 +188,32 @@ def test_another_folders_tokenizer_serves_where_one_is_named(prepared, tmp_path)
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
     assert contents(tmp_path / "again") == contents(out)
     assert "no tokenizer at" in prepare(source, tmp_path / "more", "--tokenizer=/nowhere", fails=True)
+
+
+def test_a_tokenizer_of_others_gives_documents_as_its_tokenizer_config_says_and_comes_along(prepared, tmp_path):
+    source, out, _ = prepared
+    theirs = tmp_path / "theirs"
+    shutil.copytree(out, theirs)
+    config = {"bos_token": None, "eos_token": "<pad>", "mask_token": "[MASK]", "chat_template": "{{ eos_token }}"}
+    (theirs / "tokenizer_config.json").write_text(json.dumps(config))
+    prepare(source, tmp_path / "new", f"--tokenizer={theirs}")
+    tok = Tokenizer(tmp_path / "new")
+    assert (tok.bos_id, tok.eos_id, tok.mask_id) == (None, 3, 280) and tok.chat([{}]) == [3]
+    assert json.loads((tmp_path / "new" / "meta.json").read_text())["vocab_size"] == tok.vocab_size == 281
+    for split in ("train", "val"):
+        assert documents(tmp_path / "new", split) == [[*d[1:-1], 3] for d in documents(out, split)]
+    prepare(source, tmp_path / "new")  # and in the same folder, nothing of it is left
+    assert contents(tmp_path / "new") == contents(out)
+
+
+def test_a_tokenizer_without_an_end_of_document_is_refused_and_leaves_what_was_prepared(copied, tmp_path):
+    source, out = copied
+    whole = contents(out)
+    shutil.copytree(out, tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
+    message = prepare(source, out, f"--tokenizer={tmp_path / 'theirs'}", fails=True)
+    assert message == f"error: the tokenizer in {tmp_path / 'theirs'} has no eos_token, which ends a document\n"
+    assert contents(out) == whole and (out / "meta.json").is_file()
 
 
 def test_a_mistyped_vocabulary_is_refused_and_leaves_what_was_prepared(copied):

@@ -14,7 +14,7 @@ VOCAB, BOS, EOS, MASK, PAD = 40, 0, 1, 2, 3
 
 
 class Tok:
-    bos_id, eos_id, mask_id, pad_id = BOS, EOS, MASK, PAD
+    vocab_size, bos_id, eos_id, mask_id, pad_id = VOCAB, BOS, EOS, MASK, PAD
 
 
 def random_model(seed):
@@ -81,7 +81,7 @@ def test_autoregressive_decoding_is_the_plain_greedy_loop():
 
 def test_an_autoregressive_model_whose_vocabulary_has_no_mask_samples_too():
     class Plain:
-        bos_id, eos_id, mask_id, pad_id = BOS, EOS, None, None
+        vocab_size, bos_id, eos_id, mask_id, pad_id = VOCAB, BOS, EOS, None, None
 
     for eos in (EOS, None):
         Plain.eos_id = eos
@@ -172,4 +172,4 @@ def test_the_script_prints_prompt_completion_and_speed(data_folder, tmp_path, mo
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     sample.main()
     printed = capsys.readouterr().out
-    assert printed.count("def f(x):") == 2 and "block, sample 2 of 2" in printed and "tokens/s" in printed
+    assert printed.count("def f(x):") == 2 and "sample 2 of 2" in printed and "tokens/s" in printed

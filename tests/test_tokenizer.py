@@ -1,15 +1,22 @@
-"""tokenizer.py: both encoders give the same ids, and ids lose nothing of a text and hold no special token."""
+"""tokenizer.py: both encoders give the same ids, and ids lose nothing of a text and hold no special token; folders laid
+out as published ones are give transformers' ids and chats, and are saved so that transformers reads them.
+"""
 import json
 import os
+import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers.normalizers import NFC
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from tokenizer import SPECIALS, Tokenizer, byte_of_char, train_tokenizer
+from tokenizer import KEYS, SPECIALS, Tokenizer, byte_of_char, train_tokenizer
 
 STDLIB = Path(os.__file__).parent
 TRAINED_ON = ["os.py", "ast.py", "json/decoder.py", "textwrap.py", "gettext.py", "smtplib.py"]
@@ -117,6 +124,11 @@ def test_digits_are_cut_by_threes_and_a_word_keeps_the_space_before_it(tok):
 
 # --- tokenizers that are not ours -----------------------------------------------------------------------------------
 
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
+QWEN = LLAMA3.replace("{1,3}", "")
+
+
 def swap_last_two_ids(spec):
     a, b = ("".join(m) for m in spec["model"]["merges"][-2:])
     vocab = spec["model"]["vocab"]
@@ -145,6 +157,7 @@ INELIGIBLE = {
     "only ByteLevel": lambda s: s.update(pre_tokenizer=s["pre_tokenizer"]["pretokenizers"][1]),
     "no Split behavior": lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithPrevious"),
     "inverted Split": lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(invert=True),
+    "another's regex": lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=LLAMA3),
     "Split at a text": lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"String": " "}),
 }
 
@@ -204,6 +217,463 @@ def test_token_bytes_of_a_byte_level_fallback_count_bytes_too(spec, tmp_path):
     assert tok.token_bytes[tok.encode("naïve 日本")].sum() == len("naïve 日本".encode())
 
 
+# --- folders as they are published ----------------------------------------------------------------------------------
+
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SEED_SPECIALS = ["<[begin▁of▁sentence]>", "<[PAD▁TOKEN]>", "<[end▁of▁sentence]>", "<[SEP▁TOKEN]>",
+                 "<[MASK▁TOKEN]>", "<[fim-prefix]>"]
+QWEN_ADDED = {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<tool_call>": False, "<|fim_prefix|>": False}
+DREAM_ADDED = QWEN_ADDED | {"<|beginoftext|>": True, "<|mask|>": True}
+
+LLAMA3_CHAT = """{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + \
+message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}\
+{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+SEED_CHAT = """{{- bos_token -}}system
+{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}You are an AI programming assistant.{% endif %}
+
+
+{{ eos_token -}}
+{%- for message in messages if message.role != 'system' -%}
+{{ bos_token + message['role'] + '\n' + message['content'] | trim + eos_token }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ bos_token + 'assistant\n' }}{%- endif -%}
+"""
+QWEN_CHAT = """{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n' }}
+    {%- for tool in tools %}
+        {{- tool | tojson }}
+    {%- endfor %}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant") %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+# what published templates use of jinja2 besides: Qwen3 looks for the last question, others stop early or write JSON
+TRICKS_CHAT = """
+    {% set ns = namespace(last=messages|length - 1) %}
+    {% for message in messages[::-1] %}
+        {% set index = (messages|length - 1) - loop.index0 %}
+        {% if message.role == "user" and not(message.content.startswith('<tool_call>')) %}
+            {% set ns.last = index %}{% break %}
+        {% endif %}
+    {% endfor %}
+  {{- bos_token }}{{ eos_token }}{{ pad_token }}{{ mask_token is defined }} {{ ns.last }} {{ tools is none }}
+  {{- strftime_now('%Y') }}
+    {% for message in messages %}
+        {% if message.role == 'tool' %}{{ raise_exception("no tools here, only 'user' & co.") }}{% endif %}
+        {% if loop.index0 > 2 %}{% continue %}{% endif %}
+<|im_start|>{{ message | tojson }} {{ message.content.split('\\n')[0] | tojson(indent=2) }}<|im_end|>
+    {% endfor %}
+"""
+CHATS = [
+    [{"role": "user", "content": "Write  fib."}],
+    [{"role": "system", "content": "You code.\n"}, {"role": "user", "content": "  <naïve> & 日本 \"é\"\n\n"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "```\nx = 1\n```"}, {"role": "user", "content": "\tb "},
+     {"role": "assistant", "content": ""}, {"role": "user", "content": "<tool_call>\n{\"a\": 1}"}],
+    [{"role": "user", "content": "<|im_end|>\n<|im_start|>system <|eot_id|> <[end▁of▁sentence]><|endoftext|> <eos>"}],
+]
+
+
+def trained(regex, size, first=(), normalizer=None, **bpe):
+    """A small byte-level BPE that cuts as published ones do; `first`: its first ids. Ids are in the order of merges."""
+    hf = tokenizers.Tokenizer(models.BPE(**bpe))
+    if normalizer:
+        hf.normalizer = normalizer
+    hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), behavior="isolated"),
+                                                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    hf.decoder = decoders.ByteLevel()
+    hf.train_from_iterator([(STDLIB / name).read_text() for name in TRAINED_ON], trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(first), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return hf
+
+
+def bos_before_every_text(hf, bos):
+    """The post-processor of Llama 3."""
+    hf.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, hf.token_to_id(bos))])])
+
+
+def decoder_of(added, start):
+    """tokenizer_config.json's added_tokens_decoder."""
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return {str(start + i): {"content": name, **flags, "special": special} for i, (name, special) in enumerate(added.items())}
+
+
+def write_llama3(folder):
+    hf = trained(LLAMA3, 700, ignore_merges=True)
+    hf.add_special_tokens(LLAMA3_SPECIALS)
+    bos_before_every_text(hf, "<|begin_of_text|>")
+    PreTrainedTokenizerFast(tokenizer_object=hf, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
+                            chat_template=LLAMA3_CHAT).save_pretrained(folder)
+
+
+def write_seed(folder):
+    hf = trained(LLAMA3, 700, SEED_SPECIALS)
+    bos_before_every_text(hf, SEED_SPECIALS[0])
+    bos, pad, eos, sep = SEED_SPECIALS[:4]
+    PreTrainedTokenizerFast(tokenizer_object=hf, bos_token=bos, eos_token=eos, pad_token=pad, sep_token=sep,
+                            chat_template=SEED_CHAT).save_pretrained(folder)
+
+
+def write_qwen(folder):
+    """Qwen2.5's files by hand: names and template in tokenizer_config.json, vocab.json and merges.txt beside tokenizer.json."""
+    hf = trained(QWEN, 700, normalizer=NFC())
+    hf.model.save(str(folder))
+    start = hf.get_vocab_size()
+    hf.add_tokens([AddedToken(name, normalized=False, special=special) for name, special in QWEN_ADDED.items()])
+    hf.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer_config.json", {
+        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": decoder_of(QWEN_ADDED, start),
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "bos_token": None, "chat_template": QWEN_CHAT,
+        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 32768,
+        "pad_token": "<|endoftext|>", "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None})
+
+
+def write_qwen3(folder):
+    hf = trained(QWEN, 700, normalizer=NFC())
+    for name, special in (QWEN_ADDED | {"<é>": False}).items():
+        hf.add_tokens([AddedToken(name, normalized=False, special=special)])
+    PreTrainedTokenizerFast(tokenizer_object=hf, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                            chat_template=TRICKS_CHAT).save_pretrained(folder)
+
+
+def write_dream(folder):
+    """No tokenizer.json, a class of its own; transformers' stand-in for it is Qwen2Tokenizer, which it was made from."""
+    write_qwen(folder)
+    (folder / "tokenizer.json").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    write(folder / "tokenizer_config.json", config | {
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}, "tokenizer_class": "DreamTokenizer",
+        "added_tokens_decoder": decoder_of(DREAM_ADDED, int(min(config["added_tokens_decoder"], key=int))),
+        "mask_token": {"__type": "AddedToken", "content": "<|mask|>"}, "bos_token": "<|beginoftext|>",
+        "eos_token": "<|endoftext|>"})
+
+
+def write(path, value):
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+FAMILIES = {"llama3": write_llama3, "seed": write_seed, "qwen": write_qwen, "qwen3": write_qwen3, "dream": write_dream}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{family: a folder laid out as its published ones}. Not to be changed."""
+    made = {name: tmp_path_factory.mktemp(name) for name in FAMILIES}
+    for name, folder in made.items():
+        FAMILIES[name](folder)
+    return made
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, folders):
+    """(name, folder, our Tokenizer, transformers')"""
+    folder = folders[request.param]
+    theirs = Qwen2Tokenizer if request.param == "dream" else AutoTokenizer
+    return request.param, folder, Tokenizer(folder), theirs.from_pretrained(folder)
+
+
+def copy_of(folder, tmp_path, **config):
+    """The folder again, to be changed; config: what to change in its tokenizer_config.json; ... removes a key."""
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "tokenizer_config.json"
+    changed = json.loads(path.read_text(encoding="utf-8")) | config
+    write(path, {key: value for key, value in changed.items() if value is not ...})
+    return tmp_path / "copy"
+
+
+def their_ids(theirs, texts):
+    return theirs(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+
+
+def random_texts(names, count):
+    """Texts of pieces of code, code points of all Unicode, combining marks, whitespace runs, digits and these names."""
+    draw = random.Random(0)
+    points = [*range(0xD800), *range(0xE000, 0x110000)]
+    marks = [chr(c) for c in (*range(0x300, 0x345), 0x3099, 0x5B4, 0x1161, 0x11A8, 0x20D0)]
+
+    def piece():
+        kind = draw.randrange(6)
+        if kind < 2:
+            return draw.choice(PIECES)
+        if kind == 2:
+            return chr(draw.choice(points) if draw.random() < 0.5 else draw.randrange(0x3100))
+        if kind == 3:
+            return draw.choice("aeiou Åがㄱ가") + "".join(draw.choices(marks, k=draw.randrange(3)))
+        if kind == 4:
+            return draw.choice(names) if draw.random() < 0.3 else draw.choice(" \n\t\r\u00a0\u2003") * draw.randrange(1, 6)
+        return draw.choice(["I'm", "they'LL", "²", str(draw.randrange(10**8)), "٣٤٥٦", "𝟙𝟚", "ſ", "'ſ", "İ"])
+
+    return ["".join(piece() for _ in range(draw.randrange(1, 16))) for _ in range(count)]
+
+
+def test_ten_thousand_texts_of_all_kinds_give_transformers_ids_and_texts(family):
+    _, _, tok, theirs = family
+    added = [t.content for t in tok.hf.get_added_tokens_decoder().values()]
+    texts = random_texts(added, 10_000)
+    ids = tok.encode_batch(texts)
+    assert ids == their_ids(theirs, texts)
+    specials = set(tok.special_ids.values())
+    assert not any(specials & set(row) for row in ids)
+    normal = NFC().normalize_str if tok.hf.normalizer else str
+    cut = [name for name in added if name not in tok.special_ids]  # around these, texts are normalized piece by piece
+    for i, (text, row) in enumerate(zip(texts, ids)):
+        decoded = tok.decode(row)
+        assert decoded == normal(text) or any(name in text for name in cut)
+        assert tok.token_bytes[row].sum() == len(decoded.encode())
+        if i % 10 == 0 and "<é>" not in text:  # one in ten, for time; the library decodes that é as a byte
+            assert decoded == theirs.decode(row, skip_special_tokens=True)
+
+
+def test_files_of_code_give_transformers_ids(family):
+    _, _, tok, theirs = family
+    texts = [(STDLIB / name).read_text(encoding="utf-8") for name in UNSEEN if (STDLIB / name).is_file()]
+    assert tok.encode_batch(texts) == their_ids(theirs, texts)
+
+
+def test_no_bos_is_put_before_a_text_nor_is_it_cut_or_filled_up(family, tmp_path):
+    _, folder, tok, _ = family
+    spec = json.loads(tok.json) | {
+        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+                    "pad_token": "x"}}
+    write(tmp_path / "tokenizer.json", spec)
+    for text in ("x", "def f(x): return x + 1", ""):
+        assert Tokenizer(tmp_path).encode(text) == tok.encode(text) and tok.decode(tok.encode(text)) == text
+
+
+@pytest.mark.parametrize("messages", CHATS, ids=range(len(CHATS)))
+@pytest.mark.parametrize("prompted", [True, False])
+def test_a_chat_is_transformers_chat(family, messages, prompted):
+    _, _, tok, theirs = family
+    ids = tok.chat(messages, add_generation_prompt=prompted)
+    assert ids == theirs.apply_chat_template(messages, add_generation_prompt=prompted, return_dict=False)
+    assert set(ids) & set(tok.special_ids.values())
+    assert tok.chat(messages) == tok.chat(messages, True)
+    assert not set(tok.encode("<|im_end|> <|eot_id|> <[end▁of▁sentence]>")) & set(tok.special_ids.values()), "as before"
+
+
+def names_of(tok):
+    """What the four special tokens are called."""
+    return [i if i is None else tok.hf.id_to_token(i) for i in (tok.bos_id, tok.eos_id, tok.pad_id, tok.mask_id)]
+
+
+def test_special_tokens_are_what_each_folder_says(folders):
+    expected = {"llama3": ["<|begin_of_text|>", "<|eot_id|>", None, None],
+                "seed": [SEED_SPECIALS[0], SEED_SPECIALS[2], SEED_SPECIALS[1], None],
+                "qwen": [None, "<|im_end|>", "<|endoftext|>", None],
+                "qwen3": [None, "<|im_end|>", "<|endoftext|>", None],
+                "dream": [None, "<|endoftext|>", "<|endoftext|>", "<|mask|>"]}  # its tokenizer_config.json adds no bos
+    assert {name: names_of(Tokenizer(folder)) for name, folder in folders.items()} == expected
+    assert names_of(Tokenizer(folders["seed"] / "tokenizer.json")) == expected["seed"]
+
+
+def same(a, b):
+    """Whether two Tokenizers do the same."""
+    texts = random_texts([*a.special_ids, *SPECIALS, "<tool_call>"], 300)
+    return (a.json == b.json and a.config == b.config and a.jinja == b.jinja and names_of(a) == names_of(b)
+            and a.vocab_size == b.vocab_size and a.special_ids == b.special_ids and (a.token_bytes == b.token_bytes).all()
+            and a.encode_batch(texts) == b.encode_batch(texts))
+
+
+def check_saved(tok, folder, **config):
+    """That what `tok` saves loads again as itself, here and in transformers. config: of a config.json beside it."""
+    folder.mkdir()
+    tok.save(folder)
+    if config:
+        write(folder / "config.json", config)
+    again, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert same(tok, again)
+    assert not list(folder.glob("*.tmp"))
+    texts = random_texts([*tok.special_ids, "<tool_call>"], 500)
+    assert tok.encode_batch(texts) == their_ids(theirs, texts)
+    assert len(theirs) == tok.vocab_size
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id) == (tok.eos_id, tok.pad_id, tok.mask_id)
+    assert tok.bos_id in (None, theirs.bos_token_id)
+    parsed = theirs("".join(tok.special_ids), add_special_tokens=False)["input_ids"]
+    assert parsed == list(tok.special_ids.values())
+    for messages in CHATS if theirs.chat_template else []:
+        assert tok.chat(messages) == again.chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True,
+                                                                                        return_dict=False)
+    return again, theirs
+
+
+def test_what_is_saved_loads_as_the_same_here_and_in_transformers(family, tmp_path):
+    name, folder, tok, theirs = family
+    again, saved = check_saved(tok, tmp_path / "saved")
+    check_saved(tok, tmp_path / "model", model_type={"llama3": "llama", "seed": "llama", "qwen3": "qwen3"}.get(name, "qwen2"))
+    assert saved.chat_template == theirs.chat_template is not None
+    assert saved.bos_token == theirs.bos_token
+    if name != "dream":
+        assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8")) == \
+            json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "saved" / "chat_template.jinja").is_file() == (folder / "chat_template.jinja").is_file()
+
+
+def test_our_own_is_saved_byte_for_byte_with_its_names(spec, tok, tmp_path):
+    again, theirs = check_saved(tok, tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8") == json.dumps(spec)
+    assert [theirs.bos_token, theirs.eos_token, theirs.mask_token, theirs.pad_token] == list(SPECIALS)
+    assert again.tik and not theirs.chat_template and theirs.clean_up_tokenization_spaces is False
+
+
+def test_bos_and_mask_that_are_missing_become_the_next_ids_in_this_order(family, tmp_path):
+    name, folder, plain, _ = family
+    tok = Tokenizer(folder, bos_token="<|beginoftext|>", mask_token="<|mask|>")
+    assert names_of(tok) == ["<|beginoftext|>", names_of(plain)[1], names_of(plain)[2], "<|mask|>"]
+    if name != "dream":  # which has both
+        n = plain.vocab_size
+        assert (tok.bos_id, tok.mask_id, tok.vocab_size) == (n, n + 1, n + 2)
+        assert tok.special_ids == plain.special_ids | {"<|beginoftext|>": n, "<|mask|>": n + 1}
+        assert tok.token_bytes.tolist() == plain.token_bytes.tolist() + [0, 0]
+    text = "def f():\n    return '<|mask|><|beginoftext|>é'\n"
+    assert tok.encode(text) == plain.encode(text) and tok.decode([tok.bos_id, *tok.encode(text), tok.mask_id]) == plain.decode(
+        plain.encode(text))
+    again, theirs = check_saved(tok, tmp_path / "saved")
+    assert (theirs.bos_token, theirs.mask_token) == ("<|beginoftext|>", "<|mask|>")
+    assert same(again, Tokenizer(tmp_path / "saved", mask_token="<|mask|>")), "a name it already has changes nothing"
+
+
+def test_names_that_are_there_are_taken_even_if_they_were_not_special(folders, tmp_path):
+    tok = Tokenizer(folders["seed"], mask_token="<[MASK▁TOKEN]>")
+    assert tok.mask_id == 4 and tok.json == (folders["seed"] / "tokenizer.json").read_text(encoding="utf-8")
+    assert tok.config["mask_token"] == "<[MASK▁TOKEN]>"
+    tok = Tokenizer(folders["qwen"], mask_token="<|fim_prefix|>")
+    plain = Tokenizer(folders["qwen"])
+    assert tok.vocab_size == plain.vocab_size and tok.mask_id == plain.encode("<|fim_prefix|>")[0]
+    assert tok.mask_id not in tok.encode("<|fim_prefix|>") and tok.token_bytes[tok.mask_id] == 0
+    check_saved(tok, tmp_path / "saved")
+    tok = Tokenizer(folders["qwen"], bos_token="!")  # the very first token of the vocabulary
+    assert tok.bos_id == plain.encode("!")[0] == 0
+
+
+def test_our_own_takes_other_names_too_and_stays_with_tiktoken(tok, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(tok.json, encoding="utf-8")
+    other = Tokenizer(tmp_path, mask_token="[MASK]")
+    assert (other.bos_id, other.eos_id, other.pad_id, other.mask_id, other.vocab_size) == (0, 1, 3, 800, 801) and other.tik
+    check_same_ids_and_nothing_lost(other, "<mask> [MASK] <bos>")
+    check_saved(other, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("config, names", [
+    ({"bos_token": "<|endoftext|>"}, ["<|endoftext|>", "<|im_end|>", "<|endoftext|>", None]),
+    ({"bos_token": "<|endoftext|>", "add_bos_token": ...}, ["<|endoftext|>", "<|im_end|>", "<|endoftext|>", None]),
+    ({"bos_token": "<|endoftext|>", "add_bos_token": False}, [None, "<|im_end|>", "<|endoftext|>", None]),
+    ({"bos_token": ..., "add_bos_token": ...}, [None, "<|im_end|>", "<|endoftext|>", None]),
+    ({"eos_token": {"content": "<|endoftext|>", "lstrip": False}, "pad_token": None}, [None, "<|endoftext|>", None, None]),
+    ({"mask_token": "<|im_start|>"}, [None, "<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
+])
+def test_tokenizer_config_decides_over_config_json(folders, tmp_path, config, names):
+    copy = copy_of(folders["qwen"], tmp_path, **{"add_bos_token": True, **config})
+    assert names_of(Tokenizer(copy)) == names
+    ids = Tokenizer(copy).special_ids
+    write(copy / "config.json", {"bos_token_id": ids["<|im_end|>"], "eos_token_id": [5, 6], "pad_token_id": 7})
+    assert names_of(Tokenizer(copy)) == names
+
+
+def test_config_json_tells_a_mask_that_has_no_name(folders, tmp_path):
+    copy = copy_of(folders["qwen"], tmp_path)
+    i = Tokenizer(copy).special_ids["<|im_start|>"]
+    for value, mask in [(i, i), (10**6, None), (-1, None), (None, None), ("<|im_start|>", None), (1.5, None)]:
+        write(copy / "config.json", {"mask_token_id": value})
+        assert Tokenizer(copy).mask_id == mask
+    write(copy / "config.json", {"mask_token_id": i})
+    check_saved(Tokenizer(copy), tmp_path / "saved")
+    assert Tokenizer(copy, mask_token="<|mask|>").mask_id == Tokenizer(copy).vocab_size
+
+
+def test_without_tokenizer_config_the_older_file_then_config_json_then_our_names_decide(folders, tmp_path):
+    shutil.copy(folders["seed"] / "tokenizer.json", tmp_path)
+    assert names_of(Tokenizer(tmp_path)) == [None] * 4
+    write(tmp_path / "config.json", {"bos_token_id": 0, "eos_token_id": [2, 3], "pad_token_id": None, "mask_token_id": 4})
+    assert names_of(Tokenizer(tmp_path)) == [SEED_SPECIALS[0], SEED_SPECIALS[2], None, SEED_SPECIALS[4]]
+    check_saved(Tokenizer(tmp_path), tmp_path / "saved")
+    write(tmp_path / "config.json", {"eos_token_id": []})
+    write(tmp_path / "special_tokens_map.json", {"eos_token": {"content": SEED_SPECIALS[3]}, "additional_special_tokens": []})
+    assert names_of(Tokenizer(tmp_path)) == [None, SEED_SPECIALS[3], None, None]
+    check_saved(Tokenizer(tmp_path), tmp_path / "saved again")
+    write(tmp_path / "tokenizer_config.json", {"eos_token": SEED_SPECIALS[2], "added_tokens_decoder": {}})
+    assert names_of(Tokenizer(tmp_path)) == [None, SEED_SPECIALS[2], None, None]
+
+
+def test_a_token_that_is_only_named_is_added_as_transformers_does(folders, tmp_path):
+    copy = copy_of(folders["qwen3"], tmp_path, pad_token="[PAD]", mask_token="[MASK]")
+    tok, theirs = Tokenizer(copy), AutoTokenizer.from_pretrained(copy)
+    assert (tok.pad_id, tok.mask_id) == (theirs.pad_token_id, theirs.mask_token_id) == (tok.vocab_size - 2, tok.vocab_size - 1)
+
+
+def test_added_tokens_that_are_not_special_have_their_bytes(folders):
+    tok = Tokenizer(folders["qwen3"])
+    for name in ("<tool_call>", "<|fim_prefix|>", "<é>"):
+        i, = tok.encode(name)
+        assert tok.bytes_of(i) == name.encode() and tok.token_bytes[i] == len(name.encode()) and tok.decode([i]) == name
+    assert tok.bytes_of(tok.vocab_size) == tok.bytes_of(-1) == b""
+
+
+def test_ids_with_gaps(folders, tmp_path):
+    spec = json.loads((folders["llama3"] / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["added_tokens"], spec["post_processor"] = [], None
+    last = max(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
+    spec["model"]["vocab"][last] += 1000
+    tok = written(spec, tmp_path)
+    assert tok.vocab_size == 1700 == tok.hf.get_vocab_size() + 1000
+    assert tok.token_bytes[699:1699].sum() == 0 and tok.bytes_of(1000) == b"" and tok.decode([1000]) == ""
+    assert tok.decode(tok.encode("def f():")) == "def f():" and tok.token_bytes[1699] == len(tok.bytes_of(1699)) > 1
+    with pytest.raises(ValueError, match="<m> cannot be added .* its ids have gaps$"):
+        Tokenizer(tmp_path, mask_token="<m>")
+
+
+# --- chats ----------------------------------------------------------------------------------------------------------
+
+def test_a_template_in_its_own_file_goes_before_the_one_in_tokenizer_config(folders, tmp_path):
+    copy = copy_of(folders["qwen"], tmp_path)
+    inside = Tokenizer(copy).chat(CHATS[0])
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>", encoding="utf-8")
+    tok = Tokenizer(copy)
+    assert tok.decode(tok.chat(CHATS[0])) == CHATS[0][0]["content"] and tok.chat(CHATS[0]) != inside
+    _, theirs = check_saved(tok, tmp_path / "saved")
+    assert theirs.chat_template == tok.jinja
+    Tokenizer(folders["qwen"]).save(tmp_path / "saved")
+    assert Tokenizer(tmp_path / "saved").chat(CHATS[0]) == inside, "nothing of the other one stays"
+
+
+def test_of_several_templates_the_default_is_used(folders, tmp_path):
+    several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": QWEN_CHAT}]
+    copy = copy_of(folders["qwen"], tmp_path, chat_template=several)
+    assert Tokenizer(copy).chat(CHATS[2]) == Tokenizer(folders["qwen"]).chat(CHATS[2])
+    check_saved(Tokenizer(copy), tmp_path / "saved")
+
+
+@pytest.mark.parametrize("template, messages, said", [
+    (..., CHATS[0], "the tokenizer in .* has no chat template$"),
+    ([{"name": "tool_use", "template": "x"}], CHATS[0], "has no chat template$"),
+    (QWEN_CHAT, [], "a chat has no messages$"),
+    (TRICKS_CHAT, [{"role": "tool", "content": "x"}], "refuses these messages: no tools here, only 'user' & co.$"),
+    ("{% for %}", CHATS[0], "refuses these messages: "),
+    ("{{ messages[7].content }}", CHATS[0], "refuses these messages: "),
+    ("{{ 'a' + none }}", CHATS[0], "refuses these messages: "),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", CHATS[0], "refuses these messages: .* unsafe"),
+])
+def test_a_chat_that_cannot_be_is_one_sentence(folders, tmp_path, template, messages, said):
+    tok = Tokenizer(copy_of(folders["qwen"], tmp_path, chat_template=template))
+    with pytest.raises(ValueError, match=said) as caught:
+        tok.chat(messages)
+    assert "\n" not in str(caught.value) and not set(tok.encode("<|im_end|>")) & set(tok.special_ids.values())
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 def test_a_missing_file_or_folder_is_one_sentence(tmp_path):
@@ -228,6 +698,30 @@ def test_a_file_that_is_not_utf_8_is_one_sentence(tmp_path):
     path.write_bytes(b"\x80\x02 a pickle, say")
     with pytest.raises(ValueError, match="is not a readable tokenizer.json"):
         Tokenizer(path)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"tokenizer_class": "GPT2Tokenizer"}, "there is only vocab.json, of a GPT2Tokenizer, .* save_pretrained writes the file"),
+    ({"tokenizer_class": ...}, "there is only vocab.json, of a None"),
+    ({"added_tokens_decoder": ...}, "there is only vocab.json, of a DreamTokenizer"),
+    ({"added_tokens_decoder": {"900": {"content": "<|x|>", "special": True}}}, r"<\|x\|> cannot have id 900"),
+])
+def test_a_vocabulary_without_tokenizer_json_that_is_not_known_is_one_sentence(folders, tmp_path, change, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        Tokenizer(copy_of(folders["dream"], tmp_path, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_or_missing_file_beside_it_is_one_sentence(folders, tmp_path):
+    copy = copy_of(folders["dream"], tmp_path)
+    (copy / "merges.txt").unlink()
+    with pytest.raises(ValueError, match="is not a readable tokenizer.json: "):
+        Tokenizer(copy)
+    for text in (b'{"eos_token": ', b"[1, 2]", b"7", b"\x80\x02"):
+        (copy / "tokenizer_config.json").write_bytes(text)
+        with pytest.raises(ValueError, match="tokenizer_config.json is not readable JSON of names and values: ") as caught:
+            Tokenizer(copy)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [-1, 0, 4, 256, 259])

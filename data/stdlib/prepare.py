@@ -5,8 +5,9 @@
     python -m data.stdlib.prepare --source=/path/to/code --out=data/more --tokenizer=out/toy/step_0000300  # same ids
 
 Writes train.bin and val.bin (token ids, uint16 or uint32), train.idx and val.idx (where each document starts, and
-the end: int64), tokenizer.json and meta.json. A document is <bos>, a file's tokens, <eos>. A file goes to train or
-val by a hash of its path, so the split is the same every time. Run again with nothing changed, it does nothing.
+the end: int64), the tokenizer's files and meta.json. A document is <bos> if the tokenizer has one, a file's tokens,
+<eos>. A file goes to train or val by a hash of its path, so the split is the same every time. Run again with nothing
+changed, it does nothing.
 
 Not covered: corpora that do not fit in memory, near-duplicates, licences.
 """
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import sysconfig
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +31,7 @@ class Config:
     out: str = "data/stdlib"  # folder to write to
     suffix: str = ".py"  # which files to take, by the end of their names
     vocab_size: int = 4096  # ids in all: 4 special tokens, 256 bytes, the rest merges
-    tokenizer: str = ""  # folder of a tokenizer.json to use; empty: train one
+    tokenizer: str = ""  # folder of a tokenizer to use; empty: train one
     val_percent: float = 5.0  # share of the files held out for validation, in percent
 
 
@@ -70,7 +72,8 @@ def write_aside(path, write):
 
 def write_split(out, split, texts, tok):
     """<split>.bin and <split>.idx of these texts. Returns what meta.json records of them."""
-    documents = [[tok.bos_id, *ids, tok.eos_id] for ids in tok.encode_batch(texts)]
+    bos = [] if tok.bos_id is None else [tok.bos_id]
+    documents = [[*bos, *ids, tok.eos_id] for ids in tok.encode_batch(texts)]
     dtype = np.uint16 if tok.vocab_size <= 2**16 else np.uint32
     tokens = np.concatenate([np.array(d, dtype) for d in documents])
     offsets = np.cumsum([0] + [len(d) for d in documents], dtype=np.int64)
@@ -91,7 +94,7 @@ def main():
     files = read_files(source, cfg.suffix)
     fingerprint = hashlib.sha256(repr((files, cfg.suffix, cfg.vocab_size, cfg.val_percent, cfg.tokenizer, SPLIT)).encode()).hexdigest()
     meta_path = out / "meta.json"
-    products = [out / f for f in ("train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.json")]
+    products = [out / f for f in ("train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.json", "tokenizer_config.json")]
     if meta_path.is_file() and json.loads(meta_path.read_text()).get("fingerprint") == fingerprint:
         if all(p.is_file() for p in products):
             return print(f"{out}: nothing to do, {len(files)} files unchanged")
@@ -103,15 +106,16 @@ def main():
                          "for validation after filtering; both need one or more")
     out.mkdir(parents=True, exist_ok=True)
     if cfg.tokenizer:
-        text = Tokenizer(cfg.tokenizer).json
+        tok = Tokenizer(cfg.tokenizer)
     else:
         print(f"{out}: training a tokenizer of {cfg.vocab_size} ids on {len(splits['train'])} files of {source}")
-        text = train_tokenizer(splits["train"], cfg.vocab_size).to_str(pretty=True)
+        with tempfile.TemporaryDirectory() as alone:  # not `out`, where another tokenizer's names may be from before
+            train_tokenizer(splits["train"], cfg.vocab_size).save(f"{alone}/tokenizer.json")
+            tok = Tokenizer(alone)
+    if tok.eos_id is None:
+        raise ValueError(f"the tokenizer in {cfg.tokenizer} has no eos_token, which ends a document")
     meta_path.unlink(missing_ok=True)  # interrupted from here on, the folder counts as unfinished
-    write_aside(out / "tokenizer.json", lambda f: f.write(text.encode()))
-    tok = Tokenizer(out)
-    if tok.bos_id is None or tok.eos_id is None:
-        raise ValueError(f"{cfg.tokenizer} has no <bos> or no <eos>, which begin and end a document")
+    tok.save(out)
     meta = {name: write_split(out, name, texts, tok) for name, texts in splits.items()}
     for name, m in meta.items():
         print(f"{out}: {name} {m['files']} files, {m['bytes']:,} bytes, {m['tokens']:,} tokens")

@@ -1,0 +1,148 @@
+"""What the processes that tests/test_parallel.py starts do: one job after another in one process group.
+
+    torchrun --nproc_per_node=2 tests/ranks.py JOBS.json
+
+JOBS.json: a list of [name of a function of this file, its arguments …]; each process writes what they returned, or the error
+they ended with, to JOBS.json.RANK. Starting processes costs seconds, a tiny run a fraction of one.
+"""
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import checkpoint
+import parallel
+from diffusion import Recipe
+from model import Transformer, my_rows
+from test_train import train as train_here
+
+SHAPES = [(7, 5), (1, 3), (3, 1), (2, 40), (64, 2), (1, 1), (5,), (1,), (13,)]  # fewer rows than processes, and uneven ones
+
+
+def train(data, out, *more):
+    """train.py to its end, as this process of the group."""
+    torch._dynamo.reset()
+    train_here(data, out, *more)
+
+
+def rewind(run, copy, step):
+    """A copy of a run as it was just after it had saved this step (it must still be kept)."""
+    if dist.get_rank() == 0:
+        shutil.copytree(run, copy)
+        (Path(copy) / "latest").write_text(f"step_{step:07d}")
+    dist.barrier()
+
+
+def full_disk(rank, size, *args):
+    """train, on a disk that for the process `rank` is full after `size` bytes of any file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        train(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def rewrite(run, out, file_bytes):
+    """The weights of a run's newest checkpoint, read by all processes and written by all, in files of at most `file_bytes`."""
+    folder, default = checkpoint.find(run), checkpoint.FILE_BYTES
+    cfg, tok, recipe = checkpoint.describe(folder)
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    parallel.shard(model, init_device_mesh("cpu", (dist.get_world_size(),)), torch.float32)
+    model.to_empty(device="cpu")
+    checkpoint.load_weights(folder, model)
+    if dist.get_rank() == 0:
+        Path(out).mkdir()
+    dist.barrier()
+    checkpoint.FILE_BYTES = file_bytes
+    try:
+        checkpoint.write_model(out, model, tok, Recipe(**recipe, mask_id=tok.mask_id))
+    finally:
+        checkpoint.FILE_BYTES = default
+
+
+def adafactor(copies, **settings):
+    """Our Adafactor on sharded weights beside PyTorch's on whole ones: the largest difference, relative to a tensor's largest.
+
+    copies: of the weights among the processes (HSDP); 1: none.
+    """
+    mesh = init_device_mesh("cpu", (copies, dist.get_world_size() // copies))
+    placements = [Replicate(), Shard(0)]
+    draw = torch.Generator().manual_seed(0)
+    whole = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
+    cut = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)) for p in whole]
+    ours, theirs = parallel.Adafactor(cut, **settings), torch.optim.Adafactor(whole, **settings)
+    for _ in range(20):
+        for p, q in zip(whole, cut):
+            p.grad = torch.randn(p.shape, generator=draw) * torch.rand(p.shape[:1] + (1,) * (p.dim() - 1), generator=draw) ** 8
+            q.grad = distribute_tensor(p.grad.clone(), mesh, placements)
+        ours.step(), theirs.step()
+    return max(((p - q.full_tensor()).abs().max() / p.abs().max()).item() for p, q in zip(whole, cut))
+
+
+def peak_of_import(data, out, folder):
+    """Most private memory (RssAnon) this process had while train.py read a folder's weights, and whether its rows are the folder's.
+
+    The run is stopped where it would make its optimizer. VmHWM will not do: it counts the mapped files as well.
+    """
+    peak, done, found = [0], threading.Event(), {}
+
+    def watch():
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
+
+    def stop_here(groups, **kwargs):
+        done.set()
+        found["model"] = sys._getframe(1).f_locals["model"]
+        raise InterruptedError("the weights are read")
+
+    real, torch.optim.AdamW = torch.optim.AdamW, stop_here
+    threading.Thread(target=watch, daemon=True).start()
+    began = time.time()
+    try:
+        train(data, out, f"--init_from={folder}")
+    except InterruptedError:
+        pass
+    finally:
+        torch.optim.AdamW = real
+        done.set()
+    seconds, model = time.time() - began, found["model"]
+    where = checkpoint.weight_files(Path(folder))
+    for name, p in model.named_parameters():
+        mine, rows = my_rows(p)
+        with checkpoint.safe_open(where[checkpoint.tensor_name(name)], "pt") as f:
+            assert torch.equal(mine, f.get_slice(checkpoint.tensor_name(name))[rows].float()), name
+    return {"peak": peak[0], "model": sum(p.numel() * p.element_size() for p in model.parameters()), "seconds": seconds}
+
+
+def main(path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))  # a job that leaves one process waiting fails in the end
+    results = []
+    for name, *args in json.loads(Path(path).read_text()):
+        kwargs = args.pop() if args and isinstance(args[-1], dict) else {}
+        try:
+            results.append({"returned": globals()[name](*args, **kwargs)})
+        except (Exception, SystemExit) as error:
+            results.append({"error": f"{type(error).__name__}: {error}"})
+        Path(f"{path}.{os.environ['RANK']}").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

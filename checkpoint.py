@@ -24,9 +24,9 @@ import re
 import shutil
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from attention_kernel import Spans
 from configurator import configure
+from diffusion import Recipe
 from model import ModelConfig, Transformer, my_rows
 from tokenizer import Tokenizer
 
@@ -86,39 +87,43 @@ def family_of(hf):
 def from_hf_config(hf):
     """The ModelConfig that a config.json (a dict) describes. Raises ValueError for what we do not have."""
     layout = family_of(hf)[0]
+    hf = {key: value for key, value in hf.items() if value is not None}
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" before transformers 4.43
     if kind != "default":
         raise ValueError(f"rope_type={kind!r} is not supported: only 'default' is")
     for key, allowed in {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False,
                          "attention_bias": layout == "qwen2"}.items():
-        if hf.get(key) not in (None, allowed):
+        if hf.get(key, allowed) != allowed:
             raise ValueError(f"{key}={hf[key]!r} in config.json is not supported: only {allowed!r} is")
-    hf = {"rope_theta": rope.get("rope_theta", 1e4), **hf}
-    hf = {"num_key_value_heads": hf.get("num_attention_heads"), **hf}
-    if hf.get("head_dim") is None and "hidden_size" in hf and "num_attention_heads" in hf:
-        hf["head_dim"] = hf["hidden_size"] // hf["num_attention_heads"]
-    missing = [name for name in HF_NAMES.values() if hf.get(name) is None]
+    hf["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 1e4))
+    if "num_attention_heads" in hf:
+        hf.setdefault("num_key_value_heads", hf["num_attention_heads"])
+        hf.setdefault("head_dim", hf.get("hidden_size", 0) // hf["num_attention_heads"])
+    missing = [name for name in HF_NAMES.values() if not isinstance(hf.get(name), (int, float))]
     if missing:
-        raise ValueError(f"config.json does not say {', '.join(missing)}")
+        raise ValueError(f"config.json does not say {', '.join(missing)}, or not as a number")
     return ModelConfig(**{ours: hf[name] for ours, name in HF_NAMES.items()},
                        qkv_bias=layout == "qwen2", qk_norm=layout == "qwen3")
 
 
-def recipe_of(hf, objective=None, shift=None, block_size=None):
-    """{'objective', 'shift', 'block_size'} of a folder: as asked for, else as its config.json says, else by its model_type.
+def recipe_of(hf, tok, objective=None, shift=None, block_size=None):
+    """The Recipe of a folder: as asked for, else as its config.json says, else by its model_type.
 
-    hf: config.json's dict. Another objective than the folder's takes nothing else from it. Raises ValueError for what
-    nobody says.
+    hf: config.json's dict. Another objective than the folder's takes nothing else from it. Raises ValueError, in a sentence,
+    for what nobody says.
     """
     asked = {"objective": objective, "shift": shift, "block_size": block_size}
     told = dict(zip(asked, family_of(hf)[1:])) | {k: hf[k] for k in asked if hf.get(k) is not None}
     if objective not in (None, told["objective"]):
-        told = {"objective": objective, "shift": objective == "ar", "block_size": 1 if objective != "block" else None}
+        told = {"objective": objective, "shift": None, "block_size": 1 if objective != "block" else None}
     found = told | {k: v for k, v in asked.items() if v is not None}
     if found["block_size"] is None:
         raise ValueError("objective='block' needs a block_size, which config.json does not say: give --block_size, such as 4")
-    return found
+    if found["objective"] != "ar" and tok.mask_id is None:
+        raise ValueError(f"objective={found['objective']!r} needs a mask token, and the tokenizer in {tok.folder} names none: "
+                         "say which with --mask_token")
+    return Recipe(**found, mask_id=tok.mask_id)
 
 
 def tensor_name(name):
@@ -204,7 +209,8 @@ def save(run, step, model, optimizer, tok, recipe, settings, keep):
             (aside / "state").mkdir(parents=True)
         together()
         write_model(aside, model, tok, recipe)
-        dcp.save(optimizer_state(model, optimizer), checkpoint_id=aside / "state" / "optimizer", no_dist=not dist.is_initialized())
+        alone = not dist.is_initialized()
+        dcp.save(optimizer_state(model, optimizer), checkpoint_id=aside / "state" / "optimizer", no_dist=alone)
         if first:
             write_json(aside / "state" / "train.json", {"step": step, **settings})
         together()
@@ -259,7 +265,8 @@ def find(path):
         return path / (path / "latest").read_text().strip()
     if (path / "config.json").is_file():
         return path
-    if not path.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name) and not Path(name.split("/")[0]).exists() and not name.startswith("out/"):
+    owner = name.partition("/")[0]
+    if re.fullmatch(r"[\w-]+/[\w.-]+", name) and owner != "out" and not Path(owner).exists():
         return download(name)
     raise FileNotFoundError(f"no checkpoint in {path}: it has neither `latest` nor config.json; "
                             "`python train.py config/toy_ar.py` trains one in out/toy_ar")
@@ -269,7 +276,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.py"]  # *.py: the
 
 
 def download(name):
-    """A model of the Hugging Face Hub, such as 'ByteDance-Seed/Seed-Coder-8B-Base', as a local folder, kept for the next time."""
+    """A model of the Hub, such as 'ByteDance-Seed/Seed-Coder-8B-Base', as a local folder, which is kept for the next time."""
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
@@ -292,15 +299,15 @@ def read_json(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} is not a whole checkpoint: {path.name} is missing")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def load(folder, device="cpu", dtype=torch.float32, mask_token="", **asked):
-    """A checkpoint folder, or a model's name on the Hub, as (model, tokenizer, recipe).
+    """A checkpoint folder, or a model's name on the Hub, as (Transformer, Tokenizer, Recipe).
 
-    dtype: of the weights held. asked: objective, shift, block_size where the user says them. recipe: a dict of these three.
+    dtype: of the weights held. asked: objective, shift, block_size where the user says them.
     Raises FileNotFoundError or ValueError, in a sentence, for a missing, damaged or foreign folder.
     """
     folder = find(folder)
@@ -313,40 +320,46 @@ def load(folder, device="cpu", dtype=torch.float32, mask_token="", **asked):
 
 
 def describe(folder, mask_token="", bos_token="", **asked):
-    """What a folder says of itself, without its weights: (ModelConfig, Tokenizer, recipe). See `load`."""
+    """What a folder says of itself, without its weights: (ModelConfig, Tokenizer, Recipe). See `load`."""
     hf = read_json(folder / "config.json")
     if "tie_word_embeddings" not in hf:  # CoDA's does not say, and has a head of its own
         hf["tie_word_embeddings"] = "lm_head.weight" not in weight_files(folder)
     cfg, tok = from_hf_config(hf), Tokenizer(folder, bos_token=bos_token, mask_token=mask_token)
     if tok.vocab_size > cfg.vocab_size:
         raise ValueError(f"{folder}: its tokenizer has {tok.vocab_size} ids, its model only {cfg.vocab_size}")
-    recipe = recipe_of(hf, **asked)
-    if recipe["objective"] != "ar" and tok.mask_id is None:
-        raise ValueError(f"objective={recipe['objective']!r} needs a mask token, and the tokenizer of {folder} names none: "
-                         "say which with --mask_token")
-    return cfg, tok, recipe
+    return cfg, tok, recipe_of(hf, tok, **asked)
 
 
 def weight_files(folder):
     """{tensor's name: the file it is in}. Raises FileNotFoundError or ValueError for a folder that is not whole."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        where = {name: folder / file for name, file in read_json(index)["weight_map"].items()}
+        where = {name: folder / file for name, file in read_json(index).get("weight_map", {}).items()}
     else:
         path = folder / "model.safetensors"
         where = dict.fromkeys(names_in(path), path) if path.is_file() else {"": path}
     missing = sorted({path.name for path in where.values() if not path.is_file()})
     if missing:
-        raise FileNotFoundError(f"{folder} is not a whole checkpoint: {', '.join(missing)} is missing")
+        pickled = "; pytorch_model.bin is not read: transformers' save_pretrained writes safetensors"
+        raise FileNotFoundError(f"{folder} is not a whole checkpoint: {', '.join(missing)} is missing"
+                                + pickled * (folder / "pytorch_model.bin").is_file())
     return where
 
 
-def names_in(path):
+@contextmanager
+def opened(path):
+    """A safetensors file. Raises ValueError, in a sentence, for a damaged one."""
     try:
         with safe_open(path, "pt") as f:
-            return list(f.keys())
+            yield f
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); an older checkpoint may be in {path.parents[1]}") from error
+        older = f"; an older checkpoint may be in {path.parents[1]}" * (path.parents[1] / "latest").is_file()
+        raise ValueError(f"{path} is damaged ({error}){older}") from error
+
+
+def names_in(path):
+    with opened(path) as f:
+        return list(f.keys())
 
 
 @torch.no_grad()
@@ -363,17 +376,14 @@ def load_weights(folder, model):
         raise ValueError(f"{folder} does not fit its config.json: {min(wrong)} is "
                          f"{'missing' if min(wrong) in weights else 'unknown'}")
     for path in sorted(set(where.values())):
-        try:
-            with safe_open(path, "pt") as f:
-                for name in weights.keys() & {n for n, file in where.items() if file == path}:
-                    part, p = f.get_slice(name), weights[name]
-                    if part.get_shape() != list(p.shape):
-                        raise ValueError(f"{folder} does not fit its config.json: {name} has shape {part.get_shape()}, "
-                                         f"not {list(p.shape)}")
-                    mine, rows = my_rows(p)
-                    mine.copy_(part[rows])
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); an older checkpoint may be in {path.parents[1]}") from error
+        with opened(path) as f:
+            for name in weights.keys() & {n for n, file in where.items() if file == path}:
+                part, p = f.get_slice(name), weights[name]
+                if part.get_shape() != list(p.shape):
+                    raise ValueError(f"{folder} does not fit its config.json: {name} has shape {part.get_shape()}, "
+                                     f"not {list(p.shape)}")
+                mine, rows = my_rows(p)
+                mine.copy_(part[rows])
 
 
 def load_state(folder, model, optimizer):
@@ -426,10 +436,10 @@ def export(cfg, model, tok, recipe):
     """The weights, config.json and tokenizer of a checkpoint in a folder of their own, without the training's state."""
     if not cfg.to or Path(cfg.to).exists():
         raise ValueError(f"to={cfg.to!r} must name a folder that does not exist yet: --to=FOLDER")
-    aside = Path(cfg.to + ".tmp")
+    aside = Path(f"{Path(cfg.to)}.tmp")  # a Path has no / at its end
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    write_model(aside, model, tok, SimpleNamespace(**recipe), getattr(torch, cfg.dtype))
+    write_model(aside, model, tok, recipe, getattr(torch, cfg.dtype))
     os.replace(aside, cfg.to)
     print(f"{cfg.to}: {sum(p.numel() for p in model.parameters()):,} weights in {cfg.dtype}, "
           f"{sum(p.stat().st_size for p in Path(cfg.to).iterdir()):,} bytes")
@@ -446,27 +456,33 @@ def verify(cfg, model, tok, recipe):
     folder = find(cfg.folder)
     hf = read_json(folder / "config.json")
     auto = hf.get("auto_map", {})
+    if not 2 <= cfg.tokens <= model.cfg.context:
+        raise ValueError(f"tokens={cfg.tokens} must be from 2 to the model's context of {model.cfg.context}")
+    if hf["model_type"] in ("Dream", "CoDA") and recipe.objective != "bidirectional":
+        raise ValueError(f"the code of a {hf['model_type']} folder sees the whole text: objective={recipe.objective!r} is not "
+                         "what it does")
     loader = getattr(transformers, "AutoModel" if auto and "AutoModelForCausalLM" not in auto else "AutoModelForCausalLM")
     theirs = loader.from_pretrained(folder, trust_remote_code=bool(auto), dtype=getattr(torch, cfg.dtype)).eval()
 
     tokens = torch.randint(tok.vocab_size, (2, cfg.tokens), generator=torch.Generator().manual_seed(0))
     start = torch.zeros(tokens.shape, dtype=torch.int32)
-    block_size = {"ar": 1, "ar_diffusion": 1, "bidirectional": None, "block": recipe["block_size"]}[recipe["objective"]]
+    block_size = {"ar": 1, "ar_diffusion": 1, "bidirectional": None, "block": recipe.block_size}[recipe.objective]
     spans = Spans.of(start, start + cfg.tokens, block_size)
     ours = model.logits(model(tokens, spans))
     sees = spans.dense_mask()  # (2, T, T)
     if hf["model_type"] in ARCHITECTURES:  # transformers' own classes add a mask of 0 and the lowest number
-        mask = {"attention_mask": torch.zeros(sees.shape, dtype=theirs.dtype).masked_fill(~sees, torch.finfo(theirs.dtype).min)[:, None]}
+        lowest = torch.finfo(theirs.dtype).min
+        mask = {"attention_mask": torch.zeros(sees.shape, dtype=theirs.dtype).masked_fill(~sees, lowest)[:, None]}
     elif hf["model_type"] == "sdar":  # has no mask of its own, and takes the blocks' as it is
-        mask = {"attention_mask": sees}
+        mask = {"attention_mask": sees[:, None]}
     else:  # Dream and CoDA let every token see the whole text
         mask = {}
     found = theirs(tokens, **mask)
     found = (found[0] if isinstance(found, tuple) else found.logits).float()
     error = (ours - found).abs().max().item() / found.abs().max().item()
     same = (ours.argmax(-1) == found.argmax(-1)).float().mean().item()
-    limit = {"float32": 1e-4, "bfloat16": 5e-2}[cfg.dtype]
-    print(f"{folder}: {type(theirs).__name__} in {cfg.dtype}, {recipe['objective']}; largest difference of two logits "
+    limit = {"float32": 1e-4, "bfloat16": 0.1}[cfg.dtype]
+    print(f"{folder}: {type(theirs).__name__} in {cfg.dtype}, {recipe.objective}; largest difference of two logits "
           f"{error:.1e} of the largest logit (limit {limit:.0e}), the same first choice at {same:.1%} of the tokens")
     return error <= limit
 

@@ -21,6 +21,7 @@ import os
 import re
 import runpy
 import sys
+import time
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -155,6 +156,8 @@ def one_sentence(kind, error, trace):
     ours = Path(path).resolve().is_relative_to(HERE) and linecache.getline(path, line).lstrip().startswith("raise")
     for_user = issubclass(kind, OSError) or issubclass(kind, ValueError) and ours
     if for_user and not os.environ.get("TRACEBACK"):
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)  # a mistake that all processes meet: torchrun ends this one before it says it again
         print(f"error: {error}", file=sys.stderr)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)

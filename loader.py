@@ -101,7 +101,7 @@ class Windows:
 
 
 def token_dtype(folder, vocab_size):
-    """uint16 or uint32, as prepare.py chose by its vocabulary, which must be the tokenizer's."""
+    """uint16 or uint32, as prepare.py chose by its vocabulary, which must be within the model's."""
     meta = Path(folder) / "meta.json"
     if not meta.is_file():
         raise FileNotFoundError(f"no meta.json in {folder}: its preparation did not finish; run it again")
@@ -109,9 +109,9 @@ def token_dtype(folder, vocab_size):
         prepared = json.loads(meta.read_text())["vocab_size"]
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{meta} is damaged ({error!r}): prepare the data again") from error
-    if prepared != vocab_size:
+    if prepared > vocab_size:  # a model may have a <mask> that the data has not
         raise ValueError(f"{folder} was prepared with a vocabulary of {prepared}, the model has one of {vocab_size}")
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
+    return np.uint16 if prepared <= 2**16 else np.uint32
 
 
 def read_offsets(path, tokens):

@@ -22,6 +22,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import attention_kernel  # noqa: F401, defines torch.ops.nanodiffcoder.attention
+
 
 @dataclass
 class World:

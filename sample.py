@@ -19,7 +19,7 @@ import torch
 import checkpoint
 from attention_kernel import Spans
 from configurator import configure
-from diffusion import Recipe, read_at, spans_for
+from diffusion import read_at, spans_for
 from model import KVCache
 from parallel import pick_device
 
@@ -164,9 +164,8 @@ def main():
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if fast_bf16 else torch.float32
 
     folder = checkpoint.find(cfg.init_from or checkpoint.newest_run())
-    model, tok, found = checkpoint.load(folder, device, dtype, cfg.mask_token, objective=cfg.objective, shift=cfg.shift,
-                                        block_size=cfg.block_size)
-    recipe = Recipe(**found, mask_id=tok.mask_id)
+    model, tok, recipe = checkpoint.load(folder, device, dtype, cfg.mask_token, objective=cfg.objective, shift=cfg.shift,
+                                         block_size=cfg.block_size)
     if cfg.chat:
         prompt = tok.chat([{"role": "user", "content": cfg.prompt}])
     else:

@@ -188,7 +188,6 @@ class Tokenizer:
             if self.hf.token_to_id(name) != vocab.get(name, max(vocab.values(), default=-1) + 1):
                 raise ValueError(f"{name} cannot be added to the vocabulary in {self.folder}: its ids have gaps")
             self.json = self.hf.to_str(pretty=True)
-            self.config.pop("added_tokens_decoder", None)  # without it, transformers believes tokenizer.json
         self.config |= {key: name for key, name in names.items() if name != self.config.get(key)}
         if bos_token and "add_bos_token" in self.config:
             self.config["add_bos_token"] = True

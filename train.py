@@ -185,7 +185,7 @@ def describe(cfg, given, folder):
         tok = Tokenizer(cfg.data, cfg.bos_token, cfg.mask_token)
         sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)}
         return ModelConfig(**sizes | {"vocab_size": cfg.vocab_size or tok.vocab_size}), tok
-    model_cfg, tok, recipe = checkpoint.describe(folder, cfg.mask_token, cfg.bos_token, objective="ar")
+    model_cfg, tok, _ = checkpoint.describe(folder, cfg.mask_token, cfg.bos_token, objective="ar")
     for name in given & {f.name for f in fields(ModelConfig)} - {"context"}:
         if getattr(cfg, name) != getattr(model_cfg, name):
             raise ValueError(f"{name}={getattr(cfg, name)} was asked for, but the model in {folder} has {getattr(model_cfg, name)}")
@@ -329,7 +329,8 @@ def evaluate(step):
         nats, variance = nats + part, variance + var
         tokens, bytes_ = tokens + b.maskable.sum().item(), bytes_ + token_bytes[b.x0][b.maskable].sum().item()
     if world.mesh is not None:
-        model.reshard()  # a forward without a backward leaves the embedding and the head gathered
+        for part in (model, *model.layers):
+            part.reshard()  # a forward without a backward leaves gathered what a training step would give back
     nats, variance, tokens, bytes_ = world.sum(nats, variance, tokens, bytes_)
     found = {"step": step, "val_nelbo": nats / tokens, "val_bits_per_byte": nats / math.log(2) / bytes_,
              "val_nelbo_stderr": variance**0.5 / tokens, "val_tokens": int(tokens), "val_bytes": int(bytes_)}

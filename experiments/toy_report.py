@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import configure
-from diffusion import Recipe
 from loader import Windows
 from sample import generate
 
@@ -113,13 +112,13 @@ def draw_losses(runs, path):
 
 def main():
     cfg, _ = configure(Config)
-    model, tok, found = checkpoint.load(cfg.block)
+    model, tok, recipe = checkpoint.load(cfg.block)
     ar_settings = checkpoint.read_json(checkpoint.find(cfg.ar) / "state" / "train.json")
     data, T = ar_settings["config"]["data"], ar_settings["config"]["context"]
     train, val = (Windows(data, split, T, tok.vocab_size) for split in ("train", "val"))
 
     lines = ["| model | bits a byte, held out | tokens a second | seconds |", "|---|---|---|---|"]
-    for name, run in (("autoregressive", cfg.ar), (f"block diffusion, K = {found['block_size']} (NELBO)", cfg.block)):
+    for name, run in (("autoregressive", cfg.ar), (f"block diffusion, K = {recipe.block_size} (NELBO)", cfg.block)):
         steps, evaluations = read_metrics(run)
         speed = np.median([m["tokens_per_s"] for m in steps])
         lines.append(f"| {name} | {evaluations[-1]['val_bits_per_byte']:.3f} | {speed:,.0f} | "
@@ -129,7 +128,6 @@ def main():
     lines.append(f"\nThe autoregressive stage and the {ORDER}-gram saw the same training windows, the block stage then the first of "
                  f"them again; all three are scored on the same {evaluations[-1]['val_tokens']:,} held-out tokens.")
 
-    recipe = Recipe(**found, mask_id=tok.mask_id)
     for prompt in PROMPTS:
         (ids,), _ = generate(model, tok, recipe, [tok.bos_id, *tok.encode(prompt)], max_new_tokens=cfg.max_new_tokens)
         lines.append(f"\n```python\n{prompt}{tok.decode(ids)}\n```")

@@ -2,6 +2,8 @@
 
     torchrun --nproc_per_node=2 tests/ranks.py JOBS.json
 
+    torchrun --nproc_per_node=2 tests/ranks.py full_disk RANK BYTES SETTINGS     # train.py, as it is, where a disk is full
+
 JOBS.json: a list of [name of a function of this file, its arguments …]; each process writes what they returned, or the error
 they ended with, to JOBS.json.RANK. Starting processes costs seconds, a tiny run a fraction of one.
 """
@@ -9,6 +11,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import sys
 import threading
@@ -29,13 +32,19 @@ from diffusion import Recipe
 from model import Transformer, my_rows
 from test_train import train as train_here
 
-SHAPES = [(7, 5), (1, 3), (3, 1), (2, 40), (64, 2), (1, 1), (5,), (1,), (13,)]  # fewer rows than processes, and uneven ones
+SHAPES = [(7, 5), (3, 1), (2, 40), (64, 2), (5,), (1,), (13,)]  # fewer rows than processes, and uneven ones
 
 
 def train(data, out, *more):
     """train.py to its end, as this process of the group."""
     torch._dynamo.reset()
     train_here(data, out, *more)
+
+
+def as_a_script(*settings):
+    """train.py with these settings alone, in a process that is to end with it."""
+    sys.argv = ["train.py", *settings]
+    runpy.run_path("train.py", run_name="__main__")
 
 
 def rewind(run, copy, step):
@@ -46,15 +55,20 @@ def rewind(run, copy, step):
     dist.barrier()
 
 
+def limit_files(rank, size):
+    """A disk that for the process `rank` is full after `size` bytes of any file."""
+    if int(os.environ["RANK"]) == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
 def full_disk(rank, size, *args):
-    """train, on a disk that for the process `rank` is full after `size` bytes of any file."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if dist.get_rank() == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    """train, on a disk that is full for one of the processes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit_files(rank, size)
     try:
         train(*args)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def rewrite(run, out, file_bytes):
@@ -76,27 +90,29 @@ def rewrite(run, out, file_bytes):
         checkpoint.FILE_BYTES = default
 
 
-def adafactor(copies, **settings):
-    """Our Adafactor on sharded weights beside PyTorch's on whole ones: the largest difference, relative to a tensor's largest.
+def adafactor(copies, relative, **settings):
+    """Our Adafactor on sharded weights beside one on whole weights: the largest difference, relative to a tensor's largest.
 
-    copies: of the weights among the processes (HSDP); 1: none.
+    copies: of the weights among the processes (HSDP); 1: none. The other one is PyTorch's where it has the same rates.
     """
     mesh = init_device_mesh("cpu", (copies, dist.get_world_size() // copies))
     placements = [Replicate(), Shard(0)]
     draw = torch.Generator().manual_seed(0)
     whole = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
     cut = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)) for p in whole]
-    ours, theirs = parallel.Adafactor(cut, **settings), torch.optim.Adafactor(whole, **settings)
+    ours = parallel.Adafactor(cut, relative=relative, **settings)
+    other = torch.optim.Adafactor(whole, **settings) if relative else parallel.Adafactor(whole, relative=False, **settings)
     for _ in range(20):
         for p, q in zip(whole, cut):
             p.grad = torch.randn(p.shape, generator=draw) * torch.rand(p.shape[:1] + (1,) * (p.dim() - 1), generator=draw) ** 8
             q.grad = distribute_tensor(p.grad.clone(), mesh, placements)
-        ours.step(), theirs.step()
+        ours.step()
+        other.step()
     return max(((p - q.full_tensor()).abs().max() / p.abs().max()).item() for p, q in zip(whole, cut))
 
 
 def peak_of_import(data, out, folder):
-    """Most private memory (RssAnon) this process had while train.py read a folder's weights, and whether its rows are the folder's.
+    """Most private memory (RssAnon) this process had while train.py read a folder's weights; its rows must be the folder's.
 
     The run is stopped where it would make its optimizer. VmHWM will not do: it counts the mapped files as well.
     """
@@ -115,11 +131,11 @@ def peak_of_import(data, out, folder):
     threading.Thread(target=watch, daemon=True).start()
     began = time.time()
     try:
-        train(data, out, f"--init_from={folder}")
+        as_a_script(f"--data={data}", f"--out={out}", f"--init_from={folder}", "--objective=ar", "--dtype=float32", "--threads=1")
     except InterruptedError:
         pass
     finally:
-        torch.optim.AdamW = real
+        torch.optim.AdamW, sys.excepthook = real, sys.__excepthook__
         done.set()
     seconds, model = time.time() - began, found["model"]
     where = checkpoint.weight_files(Path(folder))
@@ -145,4 +161,8 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1] == "full_disk":
+        limit_files(int(sys.argv[2]), int(sys.argv[3]))
+        as_a_script(*sys.argv[4:])
+    else:
+        main(sys.argv[1])

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 
 import attention_kernel
 from attention_kernel import INTERPRETED, Spans, attention, kernel_backward, kernel_forward, tiled_attention
 from diffusion import Recipe, corrupt, weighted_loss
 from model import ModelConfig, Transformer
+from parallel import recompute_blocks
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -206,12 +208,18 @@ def test_training_with_the_kernel_gives_the_loss_curve_of_the_reference(monkeypa
     assert torch.allclose(losses(steps, monkeypatch, attention), losses(steps, monkeypatch, tiled_attention), rtol=1e-4)
 
 
-def test_compiled_gradients_equal_eager_ones_without_a_graph_break(monkeypatch):
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_blocks_are_one_graph_and_give_the_eager_losses(monkeypatch, recompute):
     def compiled(model):
-        model.compile(fullgraph=True, backend="inductor" if GPU else "aot_eager")
+        recompute_blocks(model, recompute)
+        for layer in model.layers:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, backend="inductor" if GPU else "aot_eager")
         return model
 
+    torch._dynamo.reset()
+    counters.clear()
     assert torch.allclose(losses(2, monkeypatch, attention, compiled), losses(2, monkeypatch, attention), rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1, "the blocks are alike: one graph serves them all"
 
 
 def test_checkpointed_gradients_equal_eager_ones():

@@ -29,9 +29,9 @@ def test_a_saved_model_comes_back_bit_for_bit(data_folder, tmp_path, kwargs):
     tok = Tokenizer(data_folder)
     model = small_model(tok, **kwargs)
     save(tmp_path / "run", 3, model, tok)
-    again, tok2, hf = checkpoint.load(tmp_path / "run")
+    again, tok2, recipe = checkpoint.load(tmp_path / "run")
     assert again.cfg == model.cfg and tok2.json == tok.json
-    assert (hf["objective"], hf["shift"], hf["block_size"]) == ("block", False, 4)
+    assert (recipe.objective, recipe.shift, recipe.block_size) == ("block", False, 4)
     for (name, p), (name2, q) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == name2 and torch.equal(p, q)
 

@@ -286,16 +286,23 @@ CHATS = [
 ]
 
 
-def trained(regex, size, first=(), normalizer=None, **bpe):
-    """A small byte-level BPE that cuts as published ones do; `first`: its first ids. Ids are in the order of merges."""
+def trained(regex, first=(), normalizer=None, **bpe):
+    """A small byte-level BPE that cuts as published ones do; `first`: its first ids. Ids are in the order of merges.
+
+    It learns from texts cut at line ends alone, so its tokens reach over all other cuts, and each cut shows in the ids.
+    """
+    def cut_at(regex):
+        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), behavior="isolated"),
+                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
     hf = tokenizers.Tokenizer(models.BPE(**bpe))
     if normalizer:
         hf.normalizer = normalizer
-    hf.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), behavior="isolated"),
-                                                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    hf.decoder = decoders.ByteLevel()
-    hf.train_from_iterator([(STDLIB / name).read_text() for name in TRAINED_ON], trainers.BpeTrainer(
-        vocab_size=size, special_tokens=list(first), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    hf.pre_tokenizer, hf.decoder = cut_at(r"[^\n]*\n*"), decoders.ByteLevel()
+    texts = [(STDLIB / name).read_text() for name in TRAINED_ON[1:]] + random_texts(["I'M", "we'Ll", "2024", "don't"], 3000)
+    hf.train_from_iterator([t.replace("<|", "") for t in texts], trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=list(first), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    hf.pre_tokenizer = cut_at(regex)
     return hf
 
 
@@ -312,7 +319,7 @@ def decoder_of(added, start):
 
 
 def write_llama3(folder):
-    hf = trained(LLAMA3, 700, ignore_merges=True)
+    hf = trained(LLAMA3, ignore_merges=True)
     hf.add_special_tokens(LLAMA3_SPECIALS)
     bos_before_every_text(hf, "<|begin_of_text|>")
     PreTrainedTokenizerFast(tokenizer_object=hf, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
@@ -320,7 +327,7 @@ def write_llama3(folder):
 
 
 def write_seed(folder):
-    hf = trained(LLAMA3, 700, SEED_SPECIALS)
+    hf = trained(LLAMA3, SEED_SPECIALS)
     bos_before_every_text(hf, SEED_SPECIALS[0])
     bos, pad, eos, sep = SEED_SPECIALS[:4]
     PreTrainedTokenizerFast(tokenizer_object=hf, bos_token=bos, eos_token=eos, pad_token=pad, sep_token=sep,
@@ -329,7 +336,7 @@ def write_seed(folder):
 
 def write_qwen(folder):
     """Qwen2.5's files by hand: names and template in tokenizer_config.json, vocab.json and merges.txt beside tokenizer.json."""
-    hf = trained(QWEN, 700, normalizer=NFC())
+    hf = trained(QWEN, normalizer=NFC())
     hf.model.save(str(folder))
     start = hf.get_vocab_size()
     hf.add_tokens([AddedToken(name, normalized=False, special=special) for name, special in QWEN_ADDED.items()])
@@ -342,7 +349,7 @@ def write_qwen(folder):
 
 
 def write_qwen3(folder):
-    hf = trained(QWEN, 700, normalizer=NFC())
+    hf = trained(QWEN, normalizer=NFC())
     for name, special in (QWEN_ADDED | {"<é>": False}).items():
         hf.add_tokens([AddedToken(name, normalized=False, special=special)])
     PreTrainedTokenizerFast(tokenizer_object=hf, eos_token="<|im_end|>", pad_token="<|endoftext|>",
@@ -414,7 +421,7 @@ def random_texts(names, count):
             return draw.choice("aeiou Åがㄱ가") + "".join(draw.choices(marks, k=draw.randrange(3)))
         if kind == 4:
             return draw.choice(names) if draw.random() < 0.3 else draw.choice(" \n\t\r\u00a0\u2003") * draw.randrange(1, 6)
-        return draw.choice(["I'm", "they'LL", "²", str(draw.randrange(10**8)), "٣٤٥٦", "𝟙𝟚", "ſ", "'ſ", "İ"])
+        return draw.choice(["I'm", "they'LL", "We're", "²", str(draw.randrange(10**8)), "٣٤٥٦", "𝟙𝟚", "'ſ", "İ"])
 
     return ["".join(piece() for _ in range(draw.randrange(1, 16))) for _ in range(count)]
 
@@ -439,7 +446,7 @@ def test_ten_thousand_texts_of_all_kinds_give_transformers_ids_and_texts(family)
 
 def test_files_of_code_give_transformers_ids(family):
     _, _, tok, theirs = family
-    texts = [(STDLIB / name).read_text(encoding="utf-8") for name in UNSEEN if (STDLIB / name).is_file()]
+    texts = [(STDLIB / name).read_text(encoding="utf-8") for name in UNSEEN[::2] if (STDLIB / name).is_file()]
     assert tok.encode_batch(texts) == their_ids(theirs, texts)
 
 
@@ -523,6 +530,17 @@ def test_what_is_saved_loads_as_the_same_here_and_in_transformers(family, tmp_pa
     assert (tmp_path / "saved" / "chat_template.jinja").is_file() == (folder / "chat_template.jinja").is_file()
 
 
+def test_a_folder_with_code_of_its_own_is_saved_as_one_that_needs_none(folders, tmp_path):
+    alone = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    assert Tokenizer(folders["dream"]).config.items() >= alone.items()
+    assert "auto_map" not in Tokenizer(folders["dream"]).config
+    assert Tokenizer(copy_of(folders["dream"], tmp_path, auto_map=...)).config.items() >= alone.items()
+    (tmp_path / "again").mkdir()
+    copy = copy_of(folders["qwen"], tmp_path / "again", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
+    assert Tokenizer(copy).config.items() >= alone.items() and "auto_map" not in Tokenizer(copy).config
+    assert Tokenizer(folders["qwen"]).config["tokenizer_class"] == "Qwen2Tokenizer"
+
+
 def test_our_own_is_saved_byte_for_byte_with_its_names(spec, tok, tmp_path):
     again, theirs = check_saved(tok, tmp_path / "saved")
     assert (tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8") == json.dumps(spec)
@@ -539,11 +557,13 @@ def test_bos_and_mask_that_are_missing_become_the_next_ids_in_this_order(family,
         assert (tok.bos_id, tok.mask_id, tok.vocab_size) == (n, n + 1, n + 2)
         assert tok.special_ids == plain.special_ids | {"<|beginoftext|>": n, "<|mask|>": n + 1}
         assert tok.token_bytes.tolist() == plain.token_bytes.tolist() + [0, 0]
+    assert not tok.hf.get_added_tokens_decoder()[tok.mask_id].normalized
     text = "def f():\n    return '<|mask|><|beginoftext|>é'\n"
     assert tok.encode(text) == plain.encode(text) and tok.decode([tok.bos_id, *tok.encode(text), tok.mask_id]) == plain.decode(
         plain.encode(text))
     again, theirs = check_saved(tok, tmp_path / "saved")
     assert (theirs.bos_token, theirs.mask_token) == ("<|beginoftext|>", "<|mask|>")
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json")).token_to_id("<|mask|>") == tok.mask_id
     assert same(again, Tokenizer(tmp_path / "saved", mask_token="<|mask|>")), "a name it already has changes nothing"
 
 
@@ -591,6 +611,9 @@ def test_config_json_tells_a_mask_that_has_no_name(folders, tmp_path):
         write(copy / "config.json", {"mask_token_id": value})
         assert Tokenizer(copy).mask_id == mask
     write(copy / "config.json", {"mask_token_id": i})
+    (tmp_path / "named").mkdir()
+    named = copy_of(copy, tmp_path / "named", mask_token="<|im_end|>")
+    assert Tokenizer(named).mask_id == Tokenizer(named).special_ids["<|im_end|>"], "a name goes before it"
     check_saved(Tokenizer(copy), tmp_path / "saved")
     assert Tokenizer(copy, mask_token="<|mask|>").mask_id == Tokenizer(copy).vocab_size
 
@@ -629,9 +652,9 @@ def test_ids_with_gaps(folders, tmp_path):
     last = max(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
     spec["model"]["vocab"][last] += 1000
     tok = written(spec, tmp_path)
-    assert tok.vocab_size == 1700 == tok.hf.get_vocab_size() + 1000
-    assert tok.token_bytes[699:1699].sum() == 0 and tok.bytes_of(1000) == b"" and tok.decode([1000]) == ""
-    assert tok.decode(tok.encode("def f():")) == "def f():" and tok.token_bytes[1699] == len(tok.bytes_of(1699)) > 1
+    assert tok.vocab_size == 2200 == tok.hf.get_vocab_size() + 1000
+    assert tok.token_bytes[1199:2199].sum() == 0 and tok.bytes_of(2000) == b"" and tok.decode([2000]) == ""
+    assert tok.decode(tok.encode("def f():")) == "def f():" and tok.token_bytes[2199] == len(tok.bytes_of(2199)) > 1
     with pytest.raises(ValueError, match="<m> cannot be added .* its ids have gaps$"):
         Tokenizer(tmp_path, mask_token="<m>")
 
@@ -665,6 +688,7 @@ def test_of_several_templates_the_default_is_used(folders, tmp_path):
     ("{% for %}", CHATS[0], "refuses these messages: "),
     ("{{ messages[7].content }}", CHATS[0], "refuses these messages: "),
     ("{{ 'a' + none }}", CHATS[0], "refuses these messages: "),
+    ("{{ messages.append(1) }}", CHATS[0], "refuses these messages: .* unsafe"),
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", CHATS[0], "refuses these messages: .* unsafe"),
 ])
 def test_a_chat_that_cannot_be_is_one_sentence(folders, tmp_path, template, messages, said):

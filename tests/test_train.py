@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +173,36 @@ def test_the_curriculum_follows_the_epochs_of_the_data(data_folder, tmp_path):
     assert 0 < first_of_second < 4, "the corpus no longer suits this test"
     assert losses[0][:first_of_second] == losses[1][:first_of_second]
     assert all(a != b for a, b in zip(losses[0][first_of_second:], losses[1][first_of_second:]))
+
+
+def test_the_linear_schedule_is_a_line_and_adafactor_trains(data_folder, tmp_path):
+    train(data_folder, tmp_path / "run", "--lr_decay=linear", "--lr=0.004", "--min_lr=0.001", "--optimizer=adafactor", "--eval_every=0")
+    lines = metrics(tmp_path / "run")
+    rates = [m["lr"] for m in lines[4:]]  # after the warmup
+    assert rates == pytest.approx([0.004 - 0.003 * i / 20 for i in range(20)], rel=1e-9)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_metrics_go_where_they_are_asked_to_and_a_missing_package_is_named(data_folder, tmp_path, monkeypatch):
+    shown = []
+    writer = SimpleNamespace(SummaryWriter=lambda folder: SimpleNamespace(add_scalar=lambda *a: shown.append(a)))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    train(data_folder, tmp_path / "run", "--max_steps=3", "--log=tensorboard")
+    assert [(name, step) for name, _, step in shown if name == "loss"] == [("loss", 0), ("loss", 1), ("loss", 2)]
+    assert [value for name, value, _ in shown if name == "loss"] == [m["loss"] for m in metrics(tmp_path / "run") if "loss" in m]
+    for name, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
+        monkeypatch.setitem(sys.modules, module, None)  # importing it now fails
+        with pytest.raises(ValueError, match=f"pip install {name}"):
+            train(data_folder, tmp_path / name, "--max_steps=3", f"--log={name}")
+
+
+def test_flops_and_loader_seconds_are_in_the_metrics(data_folder, tmp_path):
+    train(data_folder, tmp_path / "run", "--max_steps=2", "--eval_every=0", "--objective=block", "--peak_tflops=0.001")
+    for m in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        assert 0 <= m["loader_seconds"] < m["seconds"] and m["memory_gb"] > 0
+        # 2 layers, d 32, 2 + 2·1 heads of 16 either way, d_ff 48; 512 positions; the head for the masked ones among 320 ids
+        matrices = 6 * 512 * 2 * (32 * 16 * 6 + 3 * 32 * 48)
+        assert 0 < m["mfu"] * m["seconds"] * 1e9 - matrices < 12 * 2 * 2 * 16 * 2 * 256 * 32 + 6 * 256 * 32 * 320
 
 
 @pytest.mark.slow

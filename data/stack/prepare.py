@@ -152,13 +152,10 @@ class Shards:
 
     def __init__(self, out, split, dtype, limit, state):
         self.out, self.split, self.itemsize, self.limit = out, split, np.dtype(dtype).itemsize, limit
-        for path in out.glob(f"{split}_*"):
-            if int(path.stem.rpartition("_")[2]) > state[0]:
-                path.unlink()  # begun after the last commit
         self.open(*state)
 
     def open(self, number, tokens=0, documents=0):
-        """Open shard `number`, cut to what was committed of it."""
+        """Open shard `number`, cut to what was committed of it: nothing, where it was begun after the last commit."""
         self.state, self.files = [number, tokens, documents], []
         for ending, size in ((".bin", tokens * self.itemsize), (".idx", 8 + 8 * documents)):
             path = self.out / f"{self.split}_{number:05d}{ending}"
@@ -264,7 +261,8 @@ def fill_shards(cfg, sources, pool, workers, dtype):
     tallies, numbers = state["tallies"], itertools.count()
     stems = [[parts / f"{next(numbers):07d}" for _ in s["files"]] for s in sources]
     tally_of = {s["name"]: tally for s, tally in zip(sources, tallies)}
-    made = make_parts([(stem, url, s, cfg) for n, s in enumerate(sources)
+    briefs = [{key: value for key, value in s.items() if key != "files"} for s in sources]  # a job is sent to a process
+    made = make_parts([(stem, url, briefs[n], cfg) for n, s in enumerate(sources)
                        for f, (stem, (url, _, _)) in enumerate(zip(stems[n], s["files"])) if [n, 0, f] > state["done"]],
                       lambda s: tally_of[s["name"]]["tokens"] < s["quota"], pool, 2 * workers)
     with tqdm(total=cfg.tokens or None, initial=sum(t["tokens"] for t in tallies), unit=" tokens", unit_scale=True) as bar:
@@ -396,6 +394,7 @@ def prepare(cfg):
     finally:
         for process in multiprocessing.active_children():
             process.terminate()  # what it is at is not wanted any more, or will be made again
+            process.join()
     finish(cfg, tok, sources, tallies, mark)
 
 

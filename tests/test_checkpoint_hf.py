@@ -1,0 +1,801 @@
+"""Hugging Face folders in and out: written by transformers, read here and written back, nothing changes a bit; both give
+the same logits; a folder says what it is, or is asked by name for what it does not say.
+"""
+import fnmatch
+import json
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import checkpoint
+import sample
+from attention_kernel import Spans
+from conftest import ROOT
+from tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
+AutoModelForCausalLM, AutoTokenizer = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+pytestmark = pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")  # as the published folders have it
+
+FAMILIES = ["llama", "qwen2", "qwen3"]
+QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # special tokens: id 0 is eos and pad, there is no bos
+SIZES = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 96, "bos_token_id": None, "eos_token_id": 0,
+         "pad_token_id": 0}
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# Two float32 programs add the same numbers in another order: 1e-6 of the largest logit was seen. One query that sees one key
+# more or fewer, or a rotary base that is 1% off, is 1e-3 and more.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    def refuse(*a, **k):
+        raise AssertionError("a test went to the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+# --- folders as they are published ------------------------------------------------------------------------------------
+
+def write_tokenizer(folder, specials=QWEN, **names):
+    """A byte-level BPE of about 300 ids that transformers made a folder of."""
+    hf = tokenizers.Tokenizer(models.BPE())
+    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    hf.train_from_iterator([Path(__file__).read_text()], trainers.BpeTrainer(
+        vocab_size=len(specials) + 290, special_tokens=list(specials), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    names = {"eos_token": specials[0], "pad_token": specials[0], **names}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=hf, **names).save_pretrained(folder)
+
+
+def random_model(family, dtype=torch.float32, **config):
+    """transformers' own, every weight of it random, so that each one shows in the logits."""
+    config = transformers.AutoConfig.for_model(family, **SIZES | {"tie_word_embeddings": False} | config)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(FAMILIES.index(family))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + name.endswith("norm.weight"))
+    return model.to(dtype)
+
+
+def write(folder, family, dtype=torch.float32, shards="5GB", names=None, **config):
+    """A folder as transformers saves it; names: special tokens' names. Returns the folder."""
+    random_model(family, dtype, **config).save_pretrained(folder, max_shard_size=shards)
+    write_tokenizer(folder, **names or {})
+    return folder
+
+
+def change(path, drop=(), **values):
+    """Other values in a JSON file, and some dropped."""
+    found = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({k: v for k, v in found.items() if k not in drop}))
+
+
+def as_before_transformers_5(folder):
+    path = folder / "config.json"
+    change(path, drop=("rope_parameters", "dtype", "layer_types"), rope_theta=12345.0, rope_scaling=None,
+           torch_dtype=json.loads(path.read_text())["dtype"])
+
+
+# What Dream, CoDA and SDAR bring along, reduced to what is theirs: the attention, the classes they are loaded with, the output.
+OWN_CODE = {
+    "Dream": """
+class Config(Qwen2Config):
+    model_type = "Dream"
+
+class Model(Qwen2ForCausalLM):
+    config_class = Config
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        B, T = input_ids.shape
+        return super().forward(input_ids, attention_mask=torch.zeros(B, 1, T, T, dtype=self.dtype), **kwargs)
+""",
+    "CoDA": """
+class Config(PretrainedConfig):
+    model_type = "CoDA"
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        qwen3 = Qwen3Config(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
+        qwen3._attn_implementation = "sdpa"
+        self.model = Qwen3Model(qwen3)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, **kwargs):
+        B, T = input_ids.shape
+        mask = torch.zeros(B, 1, T, T, dtype=self.dtype)
+        return self.lm_head(self.model(input_ids, attention_mask=mask).last_hidden_state), None
+""",
+    "sdar": """
+class Config(Qwen3Config):
+    model_type = "sdar"
+
+class Attention(Qwen3Attention):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **kwargs):
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask.bool(), enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), None
+
+class Model(Qwen3ForCausalLM):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        for i, layer in enumerate(self.model.layers):
+            layer.self_attn = Attention(config, i)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask, **kwargs):
+        h = self.model.embed_tokens(input_ids)
+        angles = self.model.rotary_emb(h, torch.arange(h.shape[1])[None])
+        for layer in self.model.layers:
+            h = layer(h, attention_mask=attention_mask, position_embeddings=angles)
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model.norm(h)))
+""",
+}
+IMPORTS = """import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
+"""
+
+
+def write_with_own_code(folder, name):
+    """A folder laid out as the published ones of this model_type: its own code, its config.json's gaps."""
+    write(folder, "qwen2" if name == "Dream" else "qwen3", names={"specials": [*QWEN, "<|mask|>"]}, shards="40KB")
+    (folder / "own_code.py").write_text(IMPORTS + OWN_CODE[name])
+    as_before_transformers_5(folder)
+    auto = {"AutoConfig": "own_code.Config", "AutoModel": "own_code.Model"}
+    if name == "sdar":
+        auto["AutoModelForCausalLM"] = "own_code.Model"
+    change(folder / "config.json", model_type=name, architectures=["Model"], auto_map=auto,
+           **{} if name == "sdar" else {"mask_token_id": 3, "bos_token_id": 0},
+           drop=("tie_word_embeddings",) if name == "CoDA" else ())
+    if name == "sdar":  # nobody but the tokenizer says which the mask is
+        change(folder / "tokenizer_config.json", mask_token="<|mask|>")
+    return folder
+
+
+def write_stable_diffcoder(folder):
+    """Its model_type is Seed-Coder's, llama; the mask's name stands beside tokenizer_config.json."""
+    write(folder, "llama", names={"specials": [*QWEN, "[MASK]"]})
+    change(folder / "config.json", architectures=["StableDiffcoderForCausalLM"])
+    change(folder / "tokenizer_config.json", drop=("eos_token", "pad_token"))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": QWEN[0]}, "mask_token": "[MASK]"}))
+    return folder
+
+
+PUBLISHED = {  # name: (who writes such a folder, the words that have to be said, what it is then)
+    "Seed-Coder": (lambda folder: write(folder, "llama"), [], ("ar", True, 1, None)),
+    "Stable-DiffCoder": (write_stable_diffcoder, [], ("block", False, 4, 3)),
+    "Dream": (lambda folder: write_with_own_code(folder, "Dream"), [], ("bidirectional", True, 1, 3)),
+    "CoDA": (lambda folder: write_with_own_code(folder, "CoDA"), [], ("bidirectional", True, 1, 3)),
+    "SDAR": (lambda folder: write_with_own_code(folder, "sdar"), ["--block_size=4"], ("block", False, 4, 3)),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{name: folder} of PUBLISHED and of FAMILIES, which have a mask."""
+    root = tmp_path_factory.mktemp("published")
+    found = {name: make(root / name) for name, (make, _, _) in PUBLISHED.items()}
+    for family in FAMILIES:
+        found[family] = write(root / family, family, tie_word_embeddings=family == "qwen2",
+                              names={"specials": [*QWEN, "<|mask|>"], "mask_token": "<|mask|>"})
+    return found
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """A script's main() with these words, in this process. Returns the exit status."""
+    def run(main, *words):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code or 0
+        finally:
+            sys.excepthook = sys.__excepthook__
+        return 0
+    return run
+
+
+# --- import, export, import -------------------------------------------------------------------------------------------
+
+def tensors(folder):
+    """{name: tensor} of a folder's files."""
+    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def check_same_bits(one, other):
+    assert one.keys() == other.keys()
+    for name, t in one.items():
+        assert t.dtype == other[name].dtype and torch.equal(t.view(torch.uint8), other[name].view(torch.uint8)), name
+
+
+KINDS = [  # dtype, tied, files, config.json as before transformers 5, head_dim given
+    ("float32", False, "one", False, True), ("float32", True, "several", True, False),
+    ("bfloat16", True, "one", True, True), ("bfloat16", False, "several", False, False)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype, tied, files, old, head_dim", KINDS)
+def test_a_folder_read_and_written_back_is_the_same_bit_for_bit(tmp_path, monkeypatch, command, family, dtype, tied, files, old,
+                                                                head_dim):
+    folder = write(tmp_path / "theirs", family, getattr(torch, dtype), "30KB" if files == "several" else "5GB",
+                   tie_word_embeddings=tied, head_dim=16 if head_dim else 8, names={"chat_template": CHATML})
+    if old:
+        as_before_transformers_5(folder)
+        change(folder / "config.json", drop=() if head_dim or family == "qwen3" else ("head_dim",))  # qwen3 without it means 128
+    if files == "several":
+        monkeypatch.setattr(checkpoint, "FILE_BYTES", 40_000)
+    assert len(list(folder.glob("*.safetensors"))) > 1 or files == "one"
+    assert command(checkpoint.main, "export", folder, f"--to={tmp_path / 'ours'}", f"--dtype={dtype}") == 0
+    ours = tmp_path / "ours"
+    check_same_bits(tensors(folder), tensors(ours))
+
+    config = json.loads((ours / "config.json").read_text())  # says it in the words of both
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == (12345.0 if old else 10000.0)
+
+    model, tok, _ = checkpoint.load(folder)
+    again, tok_again, _ = checkpoint.load(ours)
+    assert again.cfg == model.cfg and tok_again.json == tok.json
+    check_same_bits(model.state_dict(), again.state_dict())
+
+    theirs, exported = (AutoModelForCausalLM.from_pretrained(f, dtype="auto").eval() for f in (folder, ours))
+    assert type(exported) is type(theirs) and exported.dtype == theirs.dtype == getattr(torch, dtype)
+    check_same_bits(theirs.state_dict(), exported.state_dict())
+    tokens = torch.arange(40)[None] * 7
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, exported(tokens).logits)
+    text, chat = "def f(x):\n    return x  # <|im_end|> é🙂", [{"role": "user", "content": "hi"}]
+    one, other = (AutoTokenizer.from_pretrained(f) for f in (folder, ours))
+    assert other(text)["input_ids"] == one(text)["input_ids"]
+    assert other.apply_chat_template(chat, tokenize=False) == one.apply_chat_template(chat, tokenize=False)
+    assert (other.bos_token, other.eos_token, other.pad_token, other.mask_token) == (None, QWEN[0], QWEN[0], None)
+
+
+def test_weights_go_in_files_of_at_most_that_many_bytes_and_the_index_tells_which(folders, tmp_path, monkeypatch):
+    for file_bytes, whole in ((10**9, 1), (30_000, None), (1, None)):
+        monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
+        model, tok, recipe = checkpoint.load(folders["llama"])
+        out = tmp_path / str(file_bytes)
+        out.mkdir()
+        checkpoint.write_weights(out, model, torch.float32)
+        files = sorted(out.glob("*.safetensors"))
+        check_same_bits(tensors(folders["llama"]), tensors(out))
+        if whole:
+            assert [p.name for p in out.iterdir()] == ["model.safetensors"]
+            continue
+        sizes = [[t.nbytes for t in load_file(p).values()] for p in files]
+        assert all(sum(s) <= file_bytes or len(s) == 1 for s in sizes)  # one tensor is never split
+        assert all(sum(a) + b[0] > file_bytes or max(b) > file_bytes for a, b in zip(sizes, sizes[1:])) or file_bytes > 1
+        assert [p.name for p in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+        assert index["weight_map"] == {name: p.name for p in files for name in load_file(p)}
+
+
+def test_bfloat16_weights_are_the_float32_ones_rounded(folders, tmp_path, command):
+    assert command(checkpoint.main, "export", folders["qwen3"], f"--to={tmp_path / 'b'}", "--dtype=bfloat16") == 0
+    check_same_bits({n: t.bfloat16() for n, t in tensors(folders["qwen3"]).items()}, tensors(tmp_path / "b"))
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_exported_folder_says_by_itself_what_it_is(folders, tmp_path, command, name):
+    _, words, (objective, shift, block_size, mask) = PUBLISHED[name]
+    assert command(checkpoint.main, "export", folders[name], f"--to={tmp_path / 'ours'}", *words) == 0
+    for folder, asked in ((folders[name], {"block_size": 4} if words else {}), (tmp_path / "ours", {})):
+        cfg, tok, recipe = checkpoint.describe(folder, **asked)
+        assert how(recipe) == (objective, shift, block_size)
+        assert tok.mask_id == mask and tok.eos_id == 0 and not cfg.tie_embeddings
+    check_same_bits(tensors(folders[name]), tensors(tmp_path / "ours"))
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json",
+                                                                     "tokenizer_config.json"]
+
+
+def test_an_export_may_be_told_another_objective_and_a_new_mask(folders, tmp_path, command):
+    words = ["--objective=block", "--block_size=6", "--shift=true", "--mask_token=<|mask|>"]
+    assert command(checkpoint.main, "export", folders["Seed-Coder"], f"--to={tmp_path / 'ours'}", *words) == 0
+    _, tok, recipe = checkpoint.describe(tmp_path / "ours")
+    assert how(recipe) == ("block", True, 6)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert theirs.mask_token == "<|mask|>" and theirs.mask_token_id == tok.mask_id == tok.vocab_size - 1
+
+
+def test_a_folders_own_code_is_never_run_but_by_verify(folders, tmp_path, command):
+    folder = shutil.copytree(folders["Dream"], tmp_path / "Dream")
+    (folder / "own_code.py").write_text("raise AssertionError('run')")
+    assert command(checkpoint.main, "export", folder, f"--to={tmp_path / 'ours'}") == 0
+    assert command(sample.main, f"--init_from={folder}", "--max_new_tokens=2", "--device=cpu") == 0
+    with pytest.raises(AssertionError, match="run"):
+        command(checkpoint.main, "verify", folder)
+    assert command(checkpoint.main, "verify", tmp_path / "ours", "--objective=ar") == 0  # an export has none: Qwen2's layers
+
+
+# --- the same logits --------------------------------------------------------------------------------------------------
+
+def difference(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def pairs(folders):
+    """{family: (our model, transformers')}."""
+    return {f: (checkpoint.load(folders[f])[0], AutoModelForCausalLM.from_pretrained(folders[f]).eval()) for f in FAMILIES}
+
+
+@torch.no_grad()
+def logits_of(model, tokens, block_size):
+    start = torch.zeros(tokens.shape, dtype=torch.int32)
+    return model.logits(model(tokens, Spans.of(start, start + tokens.shape[1], block_size)))
+
+
+def additive(B, T, block_size):
+    """The mask that transformers adds to the scores, (B, 1, T, T), written down independently of Spans."""
+    mask = torch.zeros(T, T)
+    for i in range(T):
+        for j in range(T):
+            if block_size and j // block_size > i // block_size:
+                mask[i, j] = torch.finfo(torch.float32).min
+    return mask.expand(B, 1, T, T)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("block_size", [1, 4, 3, None])
+@torch.no_grad()
+def test_logits_are_transformers_under_causal_block_and_full_attention(pairs, family, block_size):
+    ours, theirs = pairs[family]
+    for T in (22, 1, 12):  # 22 leaves a ragged block at the end of both K
+        tokens = torch.randint(512, (3, T), generator=torch.Generator().manual_seed(T))
+        found, expected = logits_of(ours, tokens, block_size), theirs(tokens, attention_mask=additive(3, T, block_size)).logits
+        assert difference(found, expected) < TOLERANCE
+        if block_size == 1:
+            assert difference(found, theirs(tokens).logits) < TOLERANCE
+    for other in {1, 2, 4, 3, None} - {block_size}:  # and no other attention's
+        assert difference(logits_of(ours, tokens, other), expected) > 10 * TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [{"head_dim": 16}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"rms_norm_eps": 0.3},
+                                    {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_size_in_config_json_is_heeded(tmp_path, family, config):
+    write(tmp_path / "f", family, **config)
+    tokens = torch.randint(512, (2, 30), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "f").eval()
+    assert difference(logits_of(checkpoint.load(tmp_path / "f")[0], tokens, 1), theirs(tokens).logits) < TOLERANCE
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+OBJECTIVES = [["--objective=ar"], ["--objective=ar_diffusion"], ["--objective=bidirectional"],
+              ["--objective=block", "--block_size=4"], ["--objective=block", "--block_size=3", "--tokens=40"]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("words", OBJECTIVES)
+def test_verify_agrees_with_transformers(folders, command, capsys, family, words):
+    assert command(checkpoint.main, "verify", folders[family], *words) == 0
+    said = capsys.readouterr().out
+    assert checkpoint.ARCHITECTURES[family] in said and words[0].split("=")[1] in said and "100.0% of the tokens" in said
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_verify_agrees_with_the_code_a_folder_brings(folders, command, capsys, name):
+    _, words, (objective, *_) = PUBLISHED[name]
+    assert command(checkpoint.main, "verify", folders[name], *words) == 0
+    said = capsys.readouterr().out
+    assert objective in said and "100.0% of the tokens" in said
+    assert ("Model in" in said) == (name in ("Dream", "CoDA", "SDAR"))  # its own class was run
+
+
+def test_verify_holds_in_bfloat16_within_its_wider_limit(folders, command, capsys):
+    for family in FAMILIES:
+        assert command(checkpoint.main, "verify", folders[family], "--dtype=bfloat16") == 0
+    assert "limit 1e-01" in capsys.readouterr().out
+
+
+def one_number_off(folder):
+    path = folder / "model.safetensors"
+    found = load_file(path)
+    found["model.layers.1.mlp.down_proj.weight"][3, 5] += 1
+    save_file(found, path, metadata={"format": "pt"})
+
+
+def other_rope_theta(folder):
+    change(folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 11000.0})
+
+
+def other_epsilon(folder):
+    change(folder / "config.json", rms_norm_eps=1e-2)
+
+
+@pytest.mark.parametrize("alter", [one_number_off, other_rope_theta, other_epsilon])
+def test_verify_disagrees_with_exit_status_1_when_what_transformers_reads_is_not_what_we_read(folders, tmp_path, monkeypatch,
+                                                                                               command, capsys, alter):
+    folder, load = shutil.copytree(folders["qwen3"], tmp_path / "f"), checkpoint.load
+    assert command(checkpoint.main, "verify", folder) == 0
+
+    def load_then_alter(*a, **k):
+        found = load(*a, **k)
+        alter(folder)
+        return found
+
+    monkeypatch.setattr(checkpoint, "load", load_then_alter)
+    assert command(checkpoint.main, "verify", folder) == 1
+    assert "largest difference of two logits" in capsys.readouterr().out
+
+
+def test_verify_disagrees_when_the_attention_is_another(folders, monkeypatch, command):
+    for more, said in (["--objective=ar"], "sees the whole text"), (["--tokens=1"], "must be from 2"), (["--tokens=97"], "context of 96"):
+        with pytest.raises(ValueError, match=said):
+            command(checkpoint.main, "verify", folders["Dream"], *more)
+    dense_mask = Spans.dense_mask
+    monkeypatch.setattr(Spans, "dense_mask", lambda self: dense_mask(self).tril())  # what theirs is told to see
+    for name in ("SDAR", "llama"):
+        assert command(checkpoint.main, "verify", folders[name], "--objective=block", "--block_size=4") == 1
+        assert command(checkpoint.main, "verify", folders[name], "--objective=ar") == 0
+
+
+def test_the_commands_from_outside(folders, tmp_path):
+    """As a shell sees them: exit statuses, and a sentence for a mistake."""
+    def shell(*words):
+        env = {"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, "checkpoint.py", *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True)
+
+    found = shell("verify", folders["Dream"])
+    assert found.returncode == 0 and "100.0% of the tokens" in found.stdout
+    found = shell("verify", folders["SDAR"])
+    assert found.returncode == 1 and found.stderr == ("error: objective='block' needs a block_size, which config.json does not "
+                                                      "say: give --block_size, such as 4\n")
+
+
+# --- what a folder says of itself, and what must be asked -------------------------------------------------------------
+
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+OURS = LLAMA | {"objective": "block", "shift": True, "block_size": 8}
+MASKED = SimpleNamespace(mask_id=5, folder="FOLDER")  # as much of a tokenizer as is asked
+
+
+def how(recipe):
+    return recipe.objective, recipe.shift, recipe.block_size
+
+
+@pytest.mark.parametrize("hf, asked, expected", [
+    (LLAMA, {}, ("ar", True, 1)),
+    ({"model_type": "qwen2"}, {}, ("ar", True, 1)),
+    ({"model_type": "qwen3"}, {}, ("ar", True, 1)),
+    ({"model_type": "Dream"}, {}, ("bidirectional", True, 1)),
+    ({"model_type": "CoDA"}, {}, ("bidirectional", True, 1)),
+    ({"model_type": "llama", "architectures": ["StableDiffcoderForCausalLM"]}, {}, ("block", False, 4)),
+    ({"model_type": "sdar"}, {"block_size": 16}, ("block", False, 16)),
+    ({"model_type": "sdar", "block_size": 8}, {}, ("block", False, 8)),  # config.json goes before the table,
+    ({"model_type": "sdar", "block_size": 8}, {"block_size": 16}, ("block", False, 16)),  # the user before config.json
+    (OURS, {}, ("block", True, 8)),
+    (OURS, {"block_size": 2, "shift": False}, ("block", False, 2)),
+    (OURS, {"objective": "block"}, ("block", True, 8)),
+    (OURS, {"objective": "ar"}, ("ar", True, 1)),  # another objective takes nothing of the folder's
+    (OURS, {"objective": "bidirectional"}, ("bidirectional", False, 1)),
+    (OURS, {"objective": "ar_diffusion", "shift": True}, ("ar_diffusion", True, 1)),
+    (LLAMA, {"objective": "block", "block_size": 4}, ("block", False, 4)),
+    ({"model_type": "Dream"}, {"objective": "ar_diffusion"}, ("ar_diffusion", False, 1)),
+    ({"model_type": "Dream"}, {"shift": False}, ("bidirectional", False, 1)),
+    (LLAMA | {"objective": None, "shift": None, "block_size": None}, {}, ("ar", True, 1)),
+])
+def test_the_user_goes_before_config_json_and_config_json_before_its_model_type(hf, asked, expected):
+    assert how(checkpoint.recipe_of(hf, MASKED, **asked)) == expected
+
+
+@pytest.mark.parametrize("hf, asked", [({"model_type": "sdar"}, {}), (LLAMA, {"objective": "block"}), (OURS | {"objective": "ar"},
+                                       {"objective": "block"}), ({"model_type": "CoDA"}, {"objective": "block", "shift": True})])
+def test_a_block_size_that_nobody_says_is_asked_for(hf, asked):
+    with pytest.raises(ValueError, match="needs a block_size, which config.json does not say: give --block_size"):
+        checkpoint.recipe_of(hf, MASKED, **asked)
+
+
+@pytest.mark.parametrize("hf, asked, said", [
+    (LLAMA, {"objective": "block", "block_size": 0}, "block_size=0 must be 1 or more"),
+    (LLAMA, {"shift": False}, "shift=False is not possible"),
+    (LLAMA | {"objective": "magic"}, {}, "objective='magic' must be one of")])
+def test_a_recipe_that_cannot_be_is_refused(hf, asked, said):
+    with pytest.raises(ValueError, match=said):
+        checkpoint.recipe_of(hf, MASKED, **asked)
+
+
+def test_a_mask_that_nobody_names_is_asked_for_and_taken_by_name(folders):
+    for objective in ("block", "bidirectional", "ar_diffusion"):
+        with pytest.raises(ValueError, match=f"{objective}.*names none: say which with --mask_token"):
+            checkpoint.load(folders["Seed-Coder"], objective=objective, block_size=4)
+        _, tok, _ = checkpoint.load(folders["Seed-Coder"], objective=objective, block_size=4, mask_token="<|mask|>")
+        assert tok.mask_id == tok.vocab_size - 1 == Tokenizer(folders["Seed-Coder"]).vocab_size  # the next id, a row that padded
+    assert checkpoint.load(folders["Seed-Coder"], mask_token="<|im_start|>")[1].mask_id == 1
+
+
+def test_a_mask_for_which_the_model_has_no_row_is_refused(tmp_path):
+    write_tokenizer(tmp_path / "f")
+    full = Tokenizer(tmp_path / "f").vocab_size
+    write(tmp_path / "f", "llama", vocab_size=full)
+    checkpoint.load(tmp_path / "f")
+    with pytest.raises(ValueError, match=f"its tokenizer has {full + 1} ids, its model only {full}"):
+        checkpoint.load(tmp_path / "f", objective="block", block_size=4, mask_token="<|mask|>")
+
+
+def test_embeddings_are_tied_exactly_where_config_json_does_not_say_and_no_head_is_there(tmp_path):
+    for tied in (True, False):
+        for shards in ("5GB", "40KB"):
+            folder = write(tmp_path / f"{tied}{shards}", "llama", shards=shards, tie_word_embeddings=tied)
+            change(folder / "config.json", drop=("tie_word_embeddings",))
+            assert checkpoint.load(folder)[0].cfg.tie_embeddings == tied
+
+
+# --- one sentence for what cannot be ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def copy_of(folders, tmp_path):
+    return lambda name: shutil.copytree(folders[name], tmp_path / f"copy of {name}")
+
+
+@pytest.mark.parametrize("name, values, said", [
+    ("llama", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "model_type='gpt2' is not one of .*llama, qwen2"),
+    ("llama", {"model_type": "mixtral", "architectures": None}, "model_type='mixtral' is not one of"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "rope_type='llama3' is not supported"),
+    ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope_type='yarn' is not supported"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True in config.json is not supported: only False is"),
+    ("llama", {"attention_bias": True}, "attention_bias=True in config.json is not supported: only False is"),
+    ("qwen3", {"attention_bias": True}, "attention_bias=True in config.json is not supported: only False is"),
+    ("qwen2", {"attention_bias": False}, "attention_bias=False in config.json is not supported: only True is"),
+    ("llama", {"mlp_bias": True}, "mlp_bias=True in config.json is not supported"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' in config.json is not supported: only 'silu' is"),
+    ("llama", {"rms_norm_eps": None}, "config.json does not say rms_norm_eps"),
+    ("llama", {"hidden_size": 48}, "does not fit its config.json: model.*shape"),
+    ("llama", {"tie_word_embeddings": True, "num_hidden_layers": 3}, "model.layers.2.input_layernorm.weight is missing"),
+    ("llama", {"num_hidden_layers": 1}, "model.layers.1.input_layernorm.weight is unknown"),
+    ("qwen2", {"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    ("llama", {"vocab_size": 200}, "its tokenizer has .* ids, its model only 200"),
+])
+def test_a_config_json_that_we_cannot_follow_is_one_sentence(copy_of, name, values, said):
+    folder = copy_of(name)
+    change(folder / "config.json", **values)
+    with pytest.raises(ValueError, match=said) as error:
+        checkpoint.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def shard(folder, number):
+    return sorted(folder.glob("model-*.safetensors"))[number]
+
+
+def altered(path, change):
+    found = load_file(path)
+    change(found)
+    save_file(found, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("spoil, error, said", [
+    (lambda f: shard(f, 1).unlink(), FileNotFoundError, "is not a whole checkpoint: model-00002-of-0.*safetensors is missing"),
+    (lambda f: shard(f, 1).write_bytes(shard(f, 1).read_bytes()[:-7]), ValueError, "model-00002-of-0.*is damaged"),
+    (lambda f: shard(f, 0).write_bytes(b"\xff" * 400), ValueError, "model-00001-of-0.*is damaged"),
+    (lambda f: altered(shard(f, 1), lambda t: t.pop(min(t))), ValueError, "is damaged"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{"), ValueError, "index.json is damaged"),
+    (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is damaged"),
+    (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, "no tokenizer at"),
+    (lambda f: altered(shard(f, 0), lambda t: t.update({min(t): torch.zeros(3, 2)})), ValueError, r"has shape \[3, 2\], not \["),
+])
+def test_a_folder_that_is_not_whole_is_one_sentence(copy_of, spoil, error, said):
+    folder = copy_of("SDAR")  # in several files
+    spoil(folder)
+    with pytest.raises(error, match=said):
+        checkpoint.load(folder, block_size=4)
+
+
+def test_a_tensor_too_many_or_too_few_is_one_sentence(copy_of):
+    folder = copy_of("qwen3")
+    altered(folder / "model.safetensors", lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
+    with pytest.raises(ValueError, match="model.layers.0.self_attn.q_proj.bias is unknown"):
+        checkpoint.load(folder)
+    altered(folder / "model.safetensors", lambda t: [t.pop(n) for n in list(t) if "q_proj.bias" in n or "1.self_attn.k_norm" in n])
+    with pytest.raises(ValueError, match="model.layers.1.self_attn.k_norm.weight is missing"):
+        checkpoint.load(folder)
+
+
+def test_pickled_weights_alone_are_not_read(copy_of):
+    folder = copy_of("llama")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
+        checkpoint.load(folder)
+
+
+def test_a_name_on_the_hub_is_fetched_once_without_what_is_not_read(folders, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k)) or str(folders["CoDA"]))
+    assert checkpoint.find("Salesforce/CoDA-v0-Base") == folders["CoDA"]
+    (name, options), = asked
+    assert name == "Salesforce/CoDA-v0-Base" and "pytorch_model.bin" not in str(options)
+    needed = [p.name for p in folders["CoDA"].iterdir()] + ["merges.txt", "model-00001-of-00002.safetensors", "chat_template.jinja"]
+    assert all(any(fnmatch.fnmatch(n, p) for p in options["allow_patterns"]) for n in needed)
+    assert checkpoint.load("Salesforce/CoDA-v0-Base")[2].objective == "bidirectional"
+
+
+def test_without_network_the_error_says_what_to_download_from_where(monkeypatch, command):
+    def fail(*a, **k):
+        raise OSError("We couldn't connect to 'https://huggingface.co'\nand many more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError) as error:
+        command(checkpoint.main, "verify", "ByteDance-Seed/Seed-Coder-8B-Base")
+    said = str(error.value)
+    assert "We couldn't connect" in said and "*.safetensors" in said and "*.json" in said and "\n" not in said
+    assert "huggingface.co/ByteDance-Seed/Seed-Coder-8B-Base into a folder and name that" in said
+
+
+@pytest.mark.parametrize("name", ["out/toy", "out/toy/step_0000100", "nowhere", "./a/b", "/no/where", "a/b/c", "tests/nothing", "../x/y"])
+def test_what_is_no_name_on_the_hub_is_never_looked_up_there(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("went to the Hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint in .*{name.split('/')[-1]}"):
+        checkpoint.find(name)
+
+
+def test_an_export_goes_only_where_nothing_is_yet(folders, tmp_path, command):
+    (tmp_path / "there").mkdir()
+    for words in ([], [f"--to={tmp_path / 'there'}"]):
+        with pytest.raises(ValueError, match="must name a folder that does not exist yet: --to=FOLDER"):
+            command(checkpoint.main, "export", folders["llama"], *words)
+    assert list((tmp_path / "there").iterdir()) == []
+    assert command(checkpoint.main, "export", folders["llama"], f"--to={tmp_path / 'a' / 'new'}/") == 0  # as a shell completes it
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["new"] and checkpoint.load(tmp_path / "a" / "new")
+
+
+@pytest.mark.parametrize("words", [["verify"], ["verify", "--dtype=bfloat16"], ["import", "x"], ["x"]])
+def test_a_command_that_is_none_says_which_are(command, words):
+    with pytest.raises(ValueError, match="is no command: `python checkpoint.py verify FOLDER` and .* are"):
+        command(checkpoint.main, *words)
+
+
+# --- sampling and training from a folder ------------------------------------------------------------------------------
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The ids that sample.py drew, a list that fills."""
+    found, generate = [], sample.generate
+
+    def noting(*a, **k):
+        texts, written = generate(*a, **k)
+        found.extend(texts)
+        return texts, written
+
+    monkeypatch.setattr(sample, "generate", noting)
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sample_writes_with_each_folder_as_its_objective_has_it(folders, command, capsys, drawn, name):
+    _, words, (objective, shift, block_size, mask) = PUBLISHED[name]
+    assert command(sample.main, f"--init_from={folders[name]}", "--prompt=def f", "--max_new_tokens=12", "--device=cpu", *words) == 0
+    said = capsys.readouterr().out
+    how = f"block, K = {block_size}" if objective == "block" else objective
+    assert f"{folders[name]}: {how}, {'shift' if shift else 'no shift'}, mask {mask}, float32 on cpu" in said
+    assert "--- sample 1 of 1\ndef f" in said and "tokens/s" in said
+    (ids,), tok = drawn, Tokenizer(folders[name])
+    assert tok.decode(ids) in said and len(ids) <= 12
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_rows_that_pad_the_embedding_are_never_drawn(folders, command, drawn, name):
+    """At this temperature a draw is nearly uniform over the model's 512 rows, of which the tokenizer has some 300."""
+    _, words, (*_, mask) = PUBLISHED[name]
+    command(sample.main, f"--init_from={folders[name]}", "--prompt=x", "--max_new_tokens=24", "--samples=4", "--temperature=50",
+            "--device=cpu", *words)
+    ids, size = sum(drawn, []), Tokenizer(folders[name]).vocab_size
+    assert size < 320 and len(ids) > 10 and max(ids) < size and mask not in ids and max(ids) > 100
+
+
+def test_a_chat_is_a_prompt_in_the_folders_template(tmp_path, command, capsys, monkeypatch, drawn):
+    folder = write(tmp_path / "f", "qwen2", names={"chat_template": CHATML})
+    prompts, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda model, tok, recipe, prompt, *a: prompts.append(prompt) or
+                        generate(model, tok, recipe, prompt, *a))
+    assert command(sample.main, f"--init_from={folder}", "--prompt=write f", "--chat=true", "--max_new_tokens=5", "--device=cpu") == 0
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template([{"role": "user", "content": "write f"}], add_generation_prompt=True, tokenize=False)
+    assert prompts == [theirs(expected)["input_ids"]]
+    assert "write f" not in capsys.readouterr().out  # the answer alone
+    with pytest.raises(ValueError, match="has no chat template"):
+        command(sample.main, f"--init_from={write(tmp_path / 'g', 'qwen2')}", "--chat=true", "--device=cpu")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, data_folder):
+    """A llama folder and data in its ids, which have no mask."""
+    root = tmp_path_factory.mktemp("continued")
+    folder = write(root / "folder", "llama")
+    source = root / "source"
+    source.mkdir()
+    for i, name in enumerate(["checkpoint.py", "sample.py", "loader.py", "model.py", "plan.py", "parallel.py", "configurator.py"]):
+        shutil.copy(ROOT / name, source / f"f{i}.py")
+    subprocess.run([sys.executable, "-m", "data.stdlib.prepare", f"--source={source}", f"--out={root / 'data'}",
+                    f"--tokenizer={folder}", "--val_percent=30"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder, root / "data"
+
+
+def train(*words):
+    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = ["train.py", "--context=32", "--batch_tokens=128", "--micro_batch=4", "--eval_every=2", "--eval_windows=2",
+                "--eval_draws=2", "--lr_warmup_steps=1", "--threads=1", "--dtype=float32", *map(str, words)]
+    try:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    finally:
+        sys.argv, sys.excepthook = argv, sys.__excepthook__
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def test_training_goes_on_from_a_folder_with_a_new_mask_and_the_run_samples_verifies_and_resumes(prepared, tmp_path, command, capsys):
+    folder, data = prepared
+    words = [f"--data={data}", f"--out={tmp_path / 'run'}", "--objective=block", "--block_size=3", "--mask_token=<|mask|>"]
+    train(*words, f"--init_from={folder}", "--max_steps=2", "--lr=1e-30", "--min_lr=0", "--weight_decay=0")
+    run = checkpoint.find(tmp_path / "run")
+    check_same_bits(tensors(folder), tensors(run))  # steps of no length: what training began with is the folder's
+    mask = Tokenizer(folder).vocab_size
+    cfg, tok, recipe = checkpoint.describe(run)
+    assert (how(recipe), tok.mask_id) == (("block", False, 3), mask) and cfg.vocab_size == 512
+    assert AutoTokenizer.from_pretrained(run).mask_token_id == json.loads((run / "config.json").read_text())["mask_token_id"] == mask
+
+    train(*words, "--init_from=resume", "--max_steps=4", "--lr=1e-2")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines if "loss" in m] == [0, 1, 2, 3]
+    assert [m["step"] for m in lines if "val_nelbo" in m] == [0, 2, 4]
+    changed = {n for n, t in tensors(checkpoint.find(tmp_path / "run")).items() if not torch.equal(t, tensors(folder)[n])}
+    assert changed == tensors(folder).keys()
+    embed = tensors(checkpoint.find(tmp_path / "run"))["model.embed_tokens.weight"] - tensors(folder)["model.embed_tokens.weight"]
+    assert embed[mask].abs().max() > 1e-3  # the new token was in the input
+
+    assert command(sample.main, f"--init_from={tmp_path / 'run'}", "--max_new_tokens=9", "--device=cpu") == 0
+    assert f"block, K = 3, no shift, mask {mask}" in capsys.readouterr().out
+    assert command(checkpoint.main, "verify", tmp_path / "run") == 0
+    assert "LlamaForCausalLM in float32, block" in capsys.readouterr().out
+    assert command(checkpoint.main, "export", tmp_path / "run", f"--to={tmp_path / 'published'}") == 0
+    check_same_bits(tensors(checkpoint.find(tmp_path / "run")), tensors(tmp_path / "published"))
+
+
+def test_training_from_a_folder_refuses_other_sizes_other_data_and_a_longer_context(prepared, data_folder, tmp_path):
+    folder, data = prepared
+    words = [f"--out={tmp_path / 'run'}", f"--init_from={folder}", "--objective=block", "--max_steps=1"]
+    for more, said in (([f"--data={data}"], "needs a mask token"),
+                       ([f"--data={data}", "--mask_token=<|mask|>", "--d_model=64"], "d_model=64 was asked for, but the model in .* has 32"),
+                       ([f"--data={data}", "--mask_token=<|mask|>", "--qkv_bias=true"], "qkv_bias=True was asked for, but .* has False"),
+                       ([f"--data={data}", "--mask_token=<|mask|>", "--context=128"], "context=128 is longer than the 96"),
+                       ([f"--data={data_folder}", "--mask_token=<|mask|>"], "was prepared with another tokenizer")):
+        with pytest.raises(ValueError, match=said):
+            train(*words, *more)
+    assert not (tmp_path / "run" / "latest").exists()

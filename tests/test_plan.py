@@ -1,0 +1,473 @@
+"""The plan against what happens: FLOPs counted by PyTorch, bytes of models that are really sharded, a step's living tensors.
+
+A GPU's step is rehearsed on tensors without data (FakeTensorMode) and processes that are not there (the `fake` backend): FSDP2,
+autograd and checkpointing run as they do, `Living` counts the bytes. What stands in for CUDA: the kernel's own fake versions
+(TRITON_INTERPRET=1 chooses its path on a CPU), and FusedNorm for the RMSNorm that PyTorch has only there.
+"""
+import gc
+import json
+import os
+import runpy
+import subprocess
+import sys
+import weakref
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import configurator
+import diffusion
+import parallel
+import plan
+from conftest import ROOT
+from model import ModelConfig, Transformer
+
+
+@dataclass
+class Settings:
+    """What plan.py reads of train.py's settings, at a toy's size; rows: of a process."""
+    vocab_size: int = 1000
+    d_model: int = 64
+    n_layer: int = 3
+    n_head: int = 4
+    n_kv_head: int = 2
+    head_dim: int = 16
+    d_ff: int = 160
+    context: int = 64
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    objective: str = "block"
+    shift: bool | None = None
+    block_size: int = 4
+    schedule: str = "clipped"
+    t_min: float = 1e-3
+    batch_tokens: int = 0
+    micro_batch: int = 2
+    rows: int = 2
+    ranks: int = 8
+    recompute: str = "none"
+    shard_ranks: int = 0
+    reshard: bool = True
+    reduce_each: bool = False
+    optimizer: str = "adamw"
+    dtype: str = "bfloat16"
+    gpu_memory: float = 80.0
+
+    def __post_init__(self):
+        self.batch_tokens = self.rows * self.ranks * self.context
+
+    @property
+    def model(self):
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig) if hasattr(self, f.name)})
+
+
+EIGHT_B = dict(vocab_size=155136, d_model=4096, n_layer=2, n_head=32, n_kv_head=8, head_dim=128, d_ff=14336, context=8192,
+               micro_batch=1)  # its widths; `n_layer` as each test can afford
+
+
+# --- in processes of their own: `python tests/test_plan.py FUNCTION ARGUMENTS` prints what the function returns ----
+
+class FusedNorm(torch.autograd.Function):
+    """Shapes of the RMSNorm that runs on CUDA: it saves its input and 1/rms, where a CPU saves each of its steps."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32), weight)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, _, weight = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of all tensors that were made under it, or shown to it, and live: now, and the most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.now, self.most = {}, 0, 0
+
+    def see(self, storage):
+        if id(storage) not in self.bytes:
+            self.bytes[id(storage)] = 0
+            weakref.finalize(storage, self.forget, id(storage))
+        self.now += storage.nbytes() - self.bytes[id(storage)]
+        self.bytes[id(storage)] = storage.nbytes()
+        self.most = max(self.most, self.now)
+
+    def forget(self, key):
+        self.now -= self.bytes.pop(key)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # DTensor first: its local operations then come by
+        out = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor.untyped_storage())
+        return out
+
+    def __enter__(self):
+        self.resize = torch.UntypedStorage.resize_  # FSDP2 gives gathered weights back by this, which no mode sees
+
+        def resize_(storage, size):
+            self.resize(storage, size)
+            if id(storage) in self.bytes:
+                self.see(storage)
+        torch.UntypedStorage.resize_ = resize_
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.resize
+        return super().__exit__(*error)
+
+
+def rehearse(cfg, rank=0):
+    """Join cfg.ranks processes that are not there. Returns the mesh, as parallel.start has it."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=cfg.ranks)
+    sharers = cfg.shard_ranks or cfg.ranks
+    mesh = init_device_mesh("cpu", (cfg.ranks // sharers, sharers), mesh_dim_names=("replicate", "shard"))
+    return mesh if cfg.ranks > sharers else mesh["shard"]
+
+
+def build(cfg, mesh):
+    net = Transformer(cfg.model)
+    parallel.recompute_blocks(net, cfg.recompute)
+    if mesh is not None:
+        parallel.shard(net, mesh, getattr(torch, cfg.dtype), cfg.reshard)
+    return net
+
+
+def make_optimizer(cfg, net):
+    return (parallel.Adafactor(net.parameters(), relative=False) if cfg.optimizer == "adafactor" else
+            torch.optim.AdamW(net.parameters(), fused=True))
+
+
+def losses(cfg, net, rows, device="cpu"):
+    """diffusion.token_losses of rows whose tokens are all masked, without looking at data."""
+    x0, xt = torch.zeros(2, rows, cfg.context, dtype=torch.long, device=device)
+    start = torch.zeros(rows, cfg.context, dtype=torch.int32, device=device)
+    recipe = diffusion.Recipe(cfg.objective, mask_id=0)
+    hidden = net(torch.cat([xt, x0], 1) if cfg.objective == "block" else xt,
+                 diffusion.spans_for(recipe, start, start + cfg.context))
+    where = torch.arange(rows * cfg.context, device=device)
+    return net.token_loss(hidden.flatten(0, 1).index_select(0, where), x0.flatten())
+
+
+def step(cfg, net, optimizer, device="cpu"):
+    """A training step as train.py makes it."""
+    for a in range(0, cfg.rows, cfg.micro_batch):
+        net.set_requires_gradient_sync(cfg.reduce_each or a + cfg.micro_batch >= cfg.rows)
+        losses(cfg, net, min(cfg.micro_batch, cfg.rows - a), device).sum().backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def rehearsed_peaks(cases):
+    """The most bytes in the second step of each, whose optimizer state is there from the first."""
+    nn.RMSNorm.forward = lambda self, x: FusedNorm.apply(x, self.weight)
+    torch.Tensor.item = lambda self: 1.0  # Adafactor asks for its step
+    found = []
+    for cfg in cases:
+        mesh = rehearse(cfg)
+        with FakeTensorMode():
+            net = build(cfg, mesh)
+            optimizer, living = make_optimizer(cfg, net), Living()
+            for p in net.parameters():
+                living.see(p.to_local().untyped_storage())
+            with living:
+                step(cfg, net, optimizer)
+                living.most = living.now
+                step(cfg, net, optimizer)
+        found.append(living.most)
+        dist.destroy_process_group()
+    return found
+
+
+def saved_bytes(cases, real):
+    """Of each case, what cfg.rows rows keep for the backward pass: [by what lives on, by what autograd was seen to save].
+
+    real: of each case, whether there are numbers in the tensors, with the kernel in its interpreter.
+    """
+    nn.RMSNorm.forward = lambda self, x: FusedNorm.apply(x, self.weight)
+    found = []
+    for cfg, with_numbers in zip(cases, real):
+        torch.set_default_dtype(getattr(torch, cfg.dtype))
+        with nullcontext() if with_numbers else FakeTensorMode():
+            net, storages = build(cfg, None), {}
+            ours = {p.untyped_storage()._cdata for p in net.parameters()}
+
+            def pack(x):
+                storages[x.untyped_storage()._cdata] = x.untyped_storage()
+                return x
+            living = Living()
+            for p in net.parameters():
+                living.see(p.untyped_storage())
+            weights = living.now
+            with living, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                loss = losses(cfg, net, cfg.rows)
+                gc.collect()
+        found.append([living.now - weights, sum(s.nbytes() for key, s in storages.items() if key not in ours)])
+        del loss
+    return found
+
+
+def local_numbers(cases):
+    """Of each case and of its first and last process: [numbers in the local weights, weights of all]."""
+    found = []
+    for cfg in cases:
+        for rank in (0, cfg.ranks - 1):
+            with torch.device("meta"):
+                net = Transformer(cfg.model)
+            whole = sum(p.numel() for p in net.parameters())
+            parallel.shard(net, rehearse(cfg, rank), torch.bfloat16)
+            found.append([sum(p.to_local().numel() for p in net.parameters()), whole])
+            dist.destroy_process_group()
+    return found
+
+
+def sharded_bytes(cases, store):
+    """One of several real processes (gloo). Of each case, bytes of weights, gradients, optimizer, sums not yet exchanged."""
+    rank, found = int(os.environ["RANK"]), []
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
+
+    def held(tensors):
+        tensors = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+    for cfg in cases:
+        net = build(cfg, parallel.start("cpu", cfg.shard_ranks).mesh)
+        optimizer = make_optimizer(cfg, net)
+        net.set_requires_gradient_sync(False)
+        losses(cfg, net, 1).sum().backward()
+        states = [net._get_fsdp_state(), *(layer._get_fsdp_state() for layer in net.layers)]
+        weights = [p for state in states for p in state._fsdp_param_group.fsdp_params]
+        sums = held(p.unsharded_accumulated_grad if cfg.dtype == "bfloat16" else p._unsharded_param.grad for p in weights)
+        net.set_requires_gradient_sync(True)
+        losses(cfg, net, 1).sum().backward()
+        gradients = held(p.grad for p in net.parameters())
+        optimizer.step()
+        found.append([held(net.parameters()), gradients,
+                      held(t for state in optimizer.state.values() for t in state.values()), sums])
+    dist.destroy_process_group()
+    return found
+
+
+def on_a_gpu(cases):
+    """The most bytes in the second step of each, on a real device: the first chooses the kernel's tiles."""
+    found = []
+    for cfg in cases:
+        world = parallel.start("cuda")
+        with torch.device("meta"):
+            net = build(cfg, world.mesh)
+        net.to_empty(device=world.device).init_weights()
+        optimizer = make_optimizer(cfg, net)
+        step(cfg, net, optimizer, world.device)
+        torch.cuda.reset_peak_memory_stats()
+        step(cfg, net, optimizer, world.device)
+        found.append(plan.peak_memory(world.device))
+        del net, optimizer
+    return found
+
+
+def outside(function, cases, *more, **environment):
+    """Start function(cases, *more) in a process of its own."""
+    command = [sys.executable, __file__, function.__name__, json.dumps([[asdict(cfg) for cfg in cases], *more])]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+                            stdout=subprocess.PIPE, text=True)
+
+
+def result(process):
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return json.loads(out.splitlines()[-1])
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+UNEVEN = Settings(vocab_size=37, d_model=24, n_head=3, n_kv_head=1, head_dim=10, d_ff=17, n_layer=2, context=8)
+
+
+def sharded(cases, processes, tmp_path):
+    started = [outside(sharded_bytes, cases, str(tmp_path / "store"), RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="",
+                       MASTER_PORT="") for rank in range(processes)]
+    first, *_, last = [result(process) for process in started]
+    for cfg, (weights, gradients, optimizer, sums), others in zip(cases, first, last):
+        planned = plan.memory(cfg.model, replace(cfg, rows=2, micro_batch=1, ranks=processes), processes)
+        assert weights == planned["update"]["weights"] == others[0]
+        assert gradients == planned["update"]["gradients"] == others[1]
+        assert optimizer == planned["update"]["optimizer"] >= others[2]
+        root, block = plan.weight_shapes(cfg.model)
+        assert sums == 4 * plan.numel(root + cfg.n_layer * block) == planned["loss"]["summed gradients"]
+
+
+def test_weights_gradients_and_optimizer_of_two_processes_take_the_planned_bytes(tmp_path):
+    sharded([UNEVEN, replace(UNEVEN, optimizer="adafactor", tie_embeddings=True, qkv_bias=True),
+             replace(UNEVEN, qk_norm=True, dtype="float32", objective="ar")], 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_and_where_two_of_four_share_a_copy(tmp_path):
+    uneven = replace(UNEVEN, shard_ranks=2)
+    sharded([uneven, replace(uneven, optimizer="adafactor")], 4, tmp_path)
+
+
+def test_the_8b_is_cut_into_the_planned_parts():
+    cases = [Settings(**EIGHT_B | {"n_layer": 32}, ranks=ranks) for ranks in (8, 64)]
+    found = result(outside(local_numbers, cases))
+    for cfg, (first, whole), (last, _) in zip(cases, found[::2], found[1::2]):
+        root, block = plan.weight_shapes(cfg.model)
+        assert whole == plan.numel(root) + 32 * plan.numel(block) == 8_250_462_208
+        assert first == last == plan.numel(root, cfg.ranks) + 32 * plan.numel(block, cfg.ranks) == whole // cfg.ranks
+
+
+SAVED = [Settings(objective=objective, recompute=recompute, dtype=dtype, qkv_bias=bias, qk_norm=norm)
+         for recompute in ("none", "selective", "full") for dtype in ("bfloat16", "float32")
+         for objective, bias, norm in (("ar", True, False), ("bidirectional", False, True), ("block", False, False))]
+
+
+def test_activations_take_the_planned_bytes():
+    tiny = [replace(cfg, context=16, rows=1, vocab_size=50, n_layer=1) for cfg in SAVED if cfg.dtype == "bfloat16"][::4]
+    cases, real = SAVED + tiny + tiny, [False] * len(SAVED + tiny) + [True] * len(tiny)
+    found = result(outside(saved_bytes, cases, real, TRITON_INTERPRET="1"))
+    assert found[-2 * len(tiny):-len(tiny)] == found[-len(tiny):]  # the rehearsal counts what real tensors take
+    for cfg, (living, saved) in zip(SAVED, found):
+        kept, _, rest = plan.activation_bytes(cfg.model, cfg, cfg.rows)
+        planned = cfg.n_layer * kept + rest + 4 * cfg.rows * cfg.context * cfg.vocab_size  # and the loss's log-probabilities
+        assert planned == pytest.approx(living, rel=0.02), cfg
+        if cfg.recompute == "none":  # autograd's hooks do not see what checkpointing keeps
+            assert planned == pytest.approx(saved, rel=0.02), cfg
+
+
+PEAKS = [
+    Settings(**EIGHT_B, ranks=64, recompute="selective", qk_norm=True),
+    Settings(**EIGHT_B | {"context": 256}, objective="ar", tie_embeddings=True, reduce_each=True, optimizer="adafactor"),
+    Settings(**EIGHT_B | {"context": 256, "n_layer": 4}, ranks=8, rows=3, objective="ar"),
+    Settings(**EIGHT_B | {"context": 1024}, ranks=4, shard_ranks=2, rows=1, objective="bidirectional"),
+    Settings(**EIGHT_B, ranks=64, rows=1, recompute="full"),
+    Settings(**EIGHT_B | {"n_layer": 5}, ranks=8, rows=1, reshard=False, recompute="full"),
+    Settings(**EIGHT_B | {"context": 512, "n_layer": 5}, ranks=8, objective="ar", tie_embeddings=True, recompute="selective"),
+    Settings(**EIGHT_B, ranks=1, rows=1, recompute="full", optimizer="adafactor"),
+    Settings(**EIGHT_B | {"context": 2048}, ranks=8, rows=1, dtype="float32"),
+    Settings(**EIGHT_B | {"vocab_size": 2000, "n_layer": 3}, ranks=64, rows=4, objective="ar", reduce_each=True),
+    Settings(vocab_size=32000, d_model=768, n_layer=12, n_head=12, n_kv_head=4, head_dim=64, d_ff=2048, context=1024,
+             micro_batch=8, rows=16, ranks=1, tie_embeddings=True, qkv_bias=True),
+]
+
+
+@pytest.mark.parametrize("cases", [PEAKS[:4], pytest.param(PEAKS[4:], marks=pytest.mark.slow)])
+def test_the_peak_of_a_step_is_the_planned_one(cases):
+    planned = [plan.peak(plan.memory(cfg.model, cfg, cfg.ranks)) for cfg in cases]
+    ratios = [a / b for a, b in zip(planned, result(outside(rehearsed_peaks, cases, TRITON_INTERPRET="1")))]
+    assert ratios == pytest.approx([1] * len(cases), rel=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_peak_on_a_gpu_is_the_planned_one():
+    cases = [replace(PEAKS[-1], recompute=recompute) for recompute in ("none", "selective", "full")]
+    planned = [plan.peak(plan.memory(cfg.model, cfg, 1)) for cfg in cases]
+    assert [a / b for a, b in zip(planned, result(outside(on_a_gpu, cases)))] == pytest.approx([1] * 3, rel=0.1)
+
+
+# --- FLOPs and rates ----------------------------------------------------------------------------------------------
+
+def test_the_flops_of_a_step_are_those_that_pytorch_counts():
+    cfg = Settings(objective="bidirectional", rows=2, ranks=1)
+    net, start = Transformer(cfg.model), torch.zeros(2, cfg.context, dtype=torch.int32)
+    spans = diffusion.spans_for(diffusion.Recipe("bidirectional", mask_id=0), start, start + cfg.context)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        hidden = net(torch.zeros(2, cfg.context, dtype=torch.long), spans)
+        net.token_loss(hidden.flatten(0, 1)[:29], torch.zeros(29, dtype=torch.long)).sum().backward()
+    counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    attention = counts.pop("aten.bmm")
+    assert sum(counts.values()) == plan.step_flops(cfg.model, plan.positions(cfg), 29, pairs=0)
+    assert sum(counts.values()) + attention == plan.step_flops(cfg.model, plan.positions(cfg), 29, spans.pairs)
+    assert spans.pairs == 2 * plan.row_pairs(cfg) == 2 * cfg.context**2
+
+
+@pytest.mark.parametrize("schedule, objective, block_size", [
+    ("uniform", "block", 4), ("count", "block", 4), ("clipped", "block", 4), ("clipped", "block", 2), ("clipped", "block", 1),
+    ("clipped", "bidirectional", 4), ("count", "ar_diffusion", 4), ("clipped", "ar", 4)])
+def test_the_expected_mask_rate_is_that_of_the_noise(schedule, objective, block_size):
+    cfg = Settings(schedule=schedule, objective=objective, block_size=block_size, context=32, t_min=0.2)
+    recipe = diffusion.Recipe(objective, block_size=block_size, schedule=schedule, mask_id=0, t_min=0.2)
+    rows = 400
+    start = torch.zeros(rows, 32, dtype=torch.int32)
+    noised = diffusion.corrupt(start.long(), start, start + 32, start == 0, recipe, 0, 0, range(rows), rows)
+    assert noised.masked.float().mean() == pytest.approx(plan.mask_rate(cfg), abs=0.008)
+    assert plan.mask_rate(Settings()) == pytest.approx(0.563, abs=5e-4)
+
+
+# --- the printed plan ---------------------------------------------------------------------------------------------
+
+BIG = ["--vocab_size=155136", "--d_model=4096", "--n_layer=32", "--n_head=32", "--n_kv_head=8", "--head_dim=128",
+       "--d_ff=14336", "--tie_embeddings=false", "--context=8192", "--batch_tokens=8388608", "--micro_batch=1", "--max_steps=100000"]
+
+
+def plan_of(capsys, *argv, script="plan.py"):
+    """(what it prints, its error as the user reads it)."""
+    before, error = sys.argv, ""
+    sys.argv = [script, *argv]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as done:
+        assert not done.code
+    except ValueError:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        assert sys.excepthook is configurator.one_sentence or "configurator" in sys.excepthook.__module__
+        sys.argv, sys.excepthook = before, sys.__excepthook__
+    out, error = capsys.readouterr()
+    return out, error.strip()
+
+
+@pytest.mark.parametrize("ranks", [8, 64, 1024])
+def test_the_8b_is_planned(capsys, ranks):
+    out, error = plan_of(capsys, *BIG, "--recompute=full", f"--ranks={ranks}")
+    assert not error and "8,250,462,208" in out and f"{ranks:,} processes" in out and out.endswith("gpu_memory=80\n")
+    assert out == plan_of(capsys, *BIG, "--recompute=full", f"--ranks={ranks}", "--dry_run=true", script="train.py")[0]
+
+
+@pytest.mark.parametrize("settings, says", [
+    (["--ranks=64"], "exceeds gpu_memory=80: --recompute=full needs 4"),
+    (["--ranks=64", "--recompute=full", "--gpu_memory=40"], "exceeds gpu_memory=40: --reduce_each=true needs "),
+    (["--ranks=64", "--recompute=full", "--gpu_memory=3"], "no recompute, micro_batch or number of ranks makes it fit"),
+    (["--ranks=8", "--recompute=full", "--reduce_each=true", "--gpu_memory=26"], ": --ranks=16 needs "),
+    (["--ranks=64", "--micro_batch=8", "--recompute=full", "--gpu_memory=60"], ": --micro_batch=2 needs "),
+    (["--ranks=7"], "7 processes cannot share evenly; batch_tokens=8372224 can"),
+    (["--ranks=64", "--shard_ranks=7"], "shard_ranks=7 must divide the number of processes, 64, as 8 does"),
+    (["--ranks=64", "--mfu=0"], "mfu=0.0 must be above 0"),
+    (["--vocab_size=0", "--data=/nowhere"], "give --vocab_size"),
+])
+def test_what_cannot_be_is_refused_in_a_sentence_with_what_can(capsys, settings, says):
+    _, error = plan_of(capsys, *BIG, *settings)
+    assert error.startswith("error: ") and says in error and "\n" not in error
+    advice = [word for word in error.partition(": ")[2].split() if word.startswith("--") and "=" in word]
+    if advice:
+        out, error = plan_of(capsys, *BIG, *settings, *advice)
+        assert not error and "\npeak " in out
+
+
+def test_the_command_ends_with_one_sentence():
+    run = subprocess.run([sys.executable, "plan.py", *BIG, "--ranks=7"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and not run.stdout
+
+
+if __name__ == "__main__":
+    name, (cases, *more) = sys.argv[1], json.loads(sys.argv[2])
+    known = {f.name for f in fields(Settings)}
+    print(json.dumps(globals()[name]([Settings(**{k: v for k, v in case.items() if k in known}) for case in cases], *more)))

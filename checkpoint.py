@@ -337,7 +337,10 @@ def weight_files(folder):
         where = {name: folder / file for name, file in read_json(index).get("weight_map", {}).items()}
     else:
         path = folder / "model.safetensors"
-        where = dict.fromkeys(names_in(path), path) if path.is_file() else {"": path}
+        where = {"": path}
+        if path.is_file():
+            with opened(path) as f:
+                where = dict.fromkeys(f.keys(), path)
     missing = sorted({path.name for path in where.values() if not path.is_file()})
     if missing:
         pickled = "; pytorch_model.bin is not read: transformers' save_pretrained writes safetensors"
@@ -355,11 +358,6 @@ def opened(path):
     except SafetensorError as error:
         older = f"; an older checkpoint may be in {path.parents[1]}" * (path.parents[1] / "latest").is_file()
         raise ValueError(f"{path} is damaged ({error}){older}") from error
-
-
-def names_in(path):
-    with opened(path) as f:
-        return list(f.keys())
 
 
 @torch.no_grad()

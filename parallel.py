@@ -183,7 +183,7 @@ class Adafactor(torch.optim.Optimizer):
             state["row"].lerp_(squared.sum(1, keepdim=True) / p.shape[1], fresh)
             state["col"].lerp_(whole(squared.sum(0, keepdim=True)) / p.shape[0], fresh)
             mean = whole(state["row"].sum(0, keepdim=True)) / p.shape[0]
-            variance = state["row"] @ state["col"] / mean.clamp(min=eps[0])
+            variance = state["row"] * state["col"] / mean.clamp(min=eps[0])
         else:
             variance = state["variance"].lerp_(squared, fresh)
         update = g * variance.clamp(min=eps[0] ** 2).rsqrt()

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
 import parallel
-from diffusion import Recipe
 from model import Transformer, my_rows
 from test_train import train as train_here
 
@@ -85,7 +84,7 @@ def rewrite(run, out, file_bytes):
     dist.barrier()
     checkpoint.FILE_BYTES = file_bytes
     try:
-        checkpoint.write_model(out, model, tok, Recipe(**recipe, mask_id=tok.mask_id))
+        checkpoint.write_model(out, model, tok, recipe)
     finally:
         checkpoint.FILE_BYTES = default
 
@@ -131,7 +130,8 @@ def peak_of_import(data, out, folder):
     threading.Thread(target=watch, daemon=True).start()
     began = time.time()
     try:
-        as_a_script(f"--data={data}", f"--out={out}", f"--init_from={folder}", "--objective=ar", "--dtype=float32", "--threads=1")
+        as_a_script(f"--data={data}", f"--out={out}", f"--init_from={folder}", "--objective=ar", "--dtype=float32",
+                    "--threads=1")
     except InterruptedError:
         pass
     finally:
@@ -148,13 +148,13 @@ def peak_of_import(data, out, folder):
 
 def main(path):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))  # a job that leaves one process waiting fails in the end
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # of a process that waits for one that failed
     results = []
     for name, *args in json.loads(Path(path).read_text()):
         kwargs = args.pop() if args and isinstance(args[-1], dict) else {}
         try:
             results.append({"returned": globals()[name](*args, **kwargs)})
-        except (Exception, SystemExit) as error:
+        except (ValueError, OSError, SystemExit) as error:  # any other ends them all: a process may be waiting for this one
             results.append({"error": f"{type(error).__name__}: {error}"})
         Path(f"{path}.{os.environ['RANK']}").write_text(json.dumps(results))
     dist.destroy_process_group()

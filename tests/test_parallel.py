@@ -69,11 +69,24 @@ def split_name(ranks, run, more):
     return " ".join([str(ranks), run, more.replace("--", "").replace("=true", "")]).strip().replace(" ", "-")
 
 
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_launch_outlives_its_test():
+    yield
+    while STARTED:
+        if (run := STARTED.pop()).poll() is None:
+            run.terminate()
+            run.communicate(timeout=60)
+
+
 def launch(ranks, *script, torchrun=(), **kwargs):
     """Start `torchrun`, on a free port; stdout and stderr of the processes come out of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *torchrun, *script]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+    STARTED.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                    env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs))
+    return STARTED[-1]
 
 
 def launch_train(ranks, data, out, *more, **kwargs):

@@ -415,7 +415,8 @@ def test_the_expected_mask_rate_is_that_of_the_noise(schedule, objective, block_
 # --- the printed plan ---------------------------------------------------------------------------------------------
 
 BIG = ["--vocab_size=155136", "--d_model=4096", "--n_layer=32", "--n_head=32", "--n_kv_head=8", "--head_dim=128",
-       "--d_ff=14336", "--tie_embeddings=false", "--context=8192", "--batch_tokens=8388608", "--micro_batch=1", "--max_steps=100000"]
+       "--d_ff=14336", "--tie_embeddings=false", "--context=8192", "--batch_tokens=8388608", "--micro_batch=1",
+       "--max_steps=100000"]
 
 
 def plan_of(capsys, *argv, script="plan.py"):

@@ -260,31 +260,34 @@ def last_good(run):
 
 def find(path):
     """The checkpoint folder that `path` means: itself, the latest one of a run's folder, or a model's name on the Hub."""
-    name, path = str(path), Path(path)
+    path = fetch(path)
     if (path / "latest").is_file():
         return path / (path / "latest").read_text().strip()
     if (path / "config.json").is_file():
         return path
-    owner = name.partition("/")[0]
-    if re.fullmatch(r"[\w-]+/[\w.-]+", name) and owner != "out" and not Path(owner).exists():
-        return download(name)
     raise FileNotFoundError(f"no checkpoint in {path}: it has neither `latest` nor config.json; "
                             "`python train.py config/toy_ar.py` trains one in out/toy_ar")
 
 
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.py"]  # *.py: the folder's own code, which only `verify` runs
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt"]
 
 
-def download(name):
-    """A model of the Hub, such as 'ByteDance-Seed/Seed-Coder-8B-Base', as a local folder, which is kept for the next time."""
+def fetch(name, files=(*TOKENIZER_FILES, "*.safetensors", "*.py")):  # *.py: the folder's own code, which only `verify` runs
+    """A model of the Hub, such as 'ByteDance-Seed/Seed-Coder-8B-Base', as a local folder, kept for the next time.
+
+    A path here stays what it is: what exists, what begins with a folder that does, and out/….
+    """
+    owner = str(name).partition("/")[0]
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", str(name)) or owner == "out" or Path(owner).exists():
+        return Path(name)
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # no network, no such model, no permission, a full disk: the library has a class for each
         first_line = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
             f"{name} is no folder here, and could not be had from the Hub ({type(error).__name__}: {first_line}); download "
-            f"{', '.join(HUB_FILES[:4])} of huggingface.co/{name} into a folder and name that one instead") from error
+            f"{', '.join(files)} of huggingface.co/{name} into a folder and name that one instead") from error
 
 
 def newest_run(out="out"):

@@ -229,21 +229,18 @@ def nearest(model_cfg, cfg, ranks):
 
     Smaller micro-batches and `reduce_each` cost traffic, full recomputation a third of the FLOPs, more processes most.
     """
-    rows, modes = cfg.batch_tokens // cfg.context, ["none", "selective", "full"]
-    found = []
-    for mode, halvings, each, reshard, all_share, doublings in product(
-            modes[modes.index(cfg.recompute):], range(cfg.micro_batch.bit_length()), {cfg.reduce_each, True},
-            {cfg.reshard, True}, {False, cfg.shard_ranks > 0}, range(rows.bit_length())):
+    rows, modes, found = cfg.batch_tokens // cfg.context, ["none", "selective", "full"], []
+    for more, all_share, mode, each, reshard, halvings in product(
+            [n for n in range(ranks, rows + 1, ranks) if rows % n == 0], {False, cfg.shard_ranks > 0},
+            modes[modes.index(cfg.recompute):], {cfg.reduce_each, True}, {cfg.reshard, True}, range(cfg.micro_batch.bit_length())):
         new = {"recompute": mode, "micro_batch": cfg.micro_batch >> halvings, "reduce_each": each, "reshard": reshard,
                "shard_ranks": 0 if all_share else cfg.shard_ranks}
-        changed, more = {k: v for k, v in new.items() if v != getattr(cfg, k)}, ranks << doublings
-        if rows % more == 0:
-            cost = doublings, len(changed), mode == "full", all_share, each, halvings
-            found.append((cost, changed | ({"ranks": more} if doublings else {}), more))
-    for _, changed, more in sorted(found, key=lambda one: one[0]):
-        bytes_ = peak(memory(model_cfg, replace(cfg, **changed), more))
-        if bytes_ <= cfg.gpu_memory * 1e9:
-            return changed, bytes_
+        changed = {k: v for k, v in new.items() if v != getattr(cfg, k)}
+        found.append(((more, len(changed), mode == "full", all_share, each, halvings), changed))
+    for (more, *_), changed in sorted(found, key=lambda one: one[0]):
+        needs = peak(memory(model_cfg, replace(cfg, **changed), more))
+        if needs <= cfg.gpu_memory * 1e9:
+            return changed | ({"ranks": more} if more > ranks else {}), needs
     return None
 
 

@@ -57,7 +57,7 @@ class Config:
     text: str = "text"  # the column with the text, for --source
     out: str = "data/code"  # folder to write to
     tokens: int = 0  # how many to write, train and val together; 0: every document once
-    tokenizer: str = ""  # folder of a tokenizer.json to use; empty: train one
+    tokenizer: str = ""  # folder of a tokenizer to use, or a model's name on the Hub; empty: train one
     vocab_size: int = 32768  # ids in all, for a tokenizer trained here
     val_percent: float = 0.5  # share of the documents held out for validation, in percent; a hash of their text decides
     max_chars: int = 1000000  # longer documents are left out
@@ -372,6 +372,9 @@ def prepare(cfg):
                [{"name": cfg.source, "source": [cfg.source], "weight": 1, "text": cfg.text}])
     for s in sources:
         s["files"] = sorted({file[0]: file for pattern in s["source"] for file in list_files(pattern)}.values())
+    if cfg.tokenizer:
+        from checkpoint import TOKENIZER_FILES, fetch  # here, for it brings what a worker need not wait for
+        cfg.tokenizer = str(fetch(cfg.tokenizer, TOKENIZER_FILES))
     given = Tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     given = f"{given.json}{given.bos_id}{given.eos_id}" if given else SPLIT
     plan = {key: getattr(cfg, key) for key in ("tokens", "vocab_size", "val_percent", "max_chars", "shard_tokens")}

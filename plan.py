@@ -232,7 +232,8 @@ def nearest(model_cfg, cfg, ranks):
     rows, modes, found = cfg.batch_tokens // cfg.context, ["none", "selective", "full"], []
     for more, all_share, mode, each, reshard, halvings in product(
             [n for n in range(ranks, rows + 1, ranks) if rows % n == 0], {False, cfg.shard_ranks > 0},
-            modes[modes.index(cfg.recompute):], {cfg.reduce_each, True}, {cfg.reshard, True}, range(cfg.micro_batch.bit_length())):
+            modes[modes.index(cfg.recompute):], {cfg.reduce_each, True}, {cfg.reshard, True},
+            range(cfg.micro_batch.bit_length())):
         new = {"recompute": mode, "micro_batch": cfg.micro_batch >> halvings, "reduce_each": each, "reshard": reshard,
                "shard_ranks": 0 if all_share else cfg.shard_ranks}
         changed = {k: v for k, v in new.items() if v != getattr(cfg, k)}

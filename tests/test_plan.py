@@ -359,12 +359,12 @@ PEAKS = [  # together, they peak in every moment of a step
     Settings(**EIGHT_B | {"context": 256}, objective="ar", tie_embeddings=True, reduce_each=True, optimizer="adafactor"),
     Settings(**EIGHT_B | {"context": 256, "n_layer": 4}, ranks=8, rows=3, objective="ar"),
     Settings(**EIGHT_B | {"context": 512}, ranks=1, rows=1, recompute="full", optimizer="adafactor"),
-    Settings(**EIGHT_B | {"context": 1024, "n_layer": 3}, ranks=8, rows=1, objective="ar", reshard=False),
+    Settings(**EIGHT_B | {"context": 1024, "n_layer": 4}, ranks=64, rows=1, objective="ar", reshard=False),
     Settings(**EIGHT_B | {"vocab_size": 2000}, ranks=2, rows=2, objective="ar", reduce_each=True),
     Settings(vocab_size=32000, d_model=256, n_layer=2, n_head=4, n_kv_head=2, head_dim=64, d_ff=768, context=1024,
              micro_batch=4, rows=8, ranks=1, tie_embeddings=True, qkv_bias=True),
-    # from here on, slow
     Settings(**EIGHT_B | {"context": 1024}, ranks=4, shard_ranks=2, rows=1, objective="bidirectional"),
+    # from here on, slow
     Settings(**EIGHT_B | {"n_layer": 5}, ranks=8, rows=1, reshard=False, recompute="full"),
     Settings(**EIGHT_B | {"context": 512, "n_layer": 5}, ranks=8, objective="ar", tie_embeddings=True, recompute="selective"),
     Settings(**EIGHT_B | {"context": 2048}, ranks=8, rows=1, dtype="float32"),
@@ -374,11 +374,11 @@ PEAKS = [  # together, they peak in every moment of a step
 ]
 
 
-@pytest.mark.parametrize("cases", [PEAKS[:8], pytest.param(PEAKS[8:], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [PEAKS[:9], pytest.param(PEAKS[9:], marks=pytest.mark.slow)])
 def test_the_peak_of_a_step_is_the_planned_one(cases):
     planned = [plan.peak(plan.memory(cfg.model, cfg, cfg.ranks)) for cfg in cases]
     ratios = [a / b for a, b in zip(planned, result(outside(rehearsed_peaks, cases, TRITON_INTERPRET="1")))]
-    assert ratios == pytest.approx([1] * len(cases), rel=0.05)
+    assert ratios == pytest.approx([1] * len(cases), rel=0.03)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -453,8 +453,9 @@ def test_the_8b_is_planned(capsys, ranks):
     (["--ranks=64", "--recompute=full", "--gpu_memory=40"], "exceeds gpu_memory=40: --reduce_each=true needs "),
     (["--ranks=64", "--recompute=full", "--gpu_memory=3"], "no recompute, micro_batch or number of ranks makes it fit"),
     (["--ranks=8", "--recompute=full", "--reduce_each=true", "--gpu_memory=26"], ": --ranks=16 needs "),
-    (["--ranks=8", "--batch_tokens=196608", "--recompute=full", "--reduce_each=true", "--gpu_memory=26"], ": --ranks=24 needs "),
-    (["--ranks=8", "--shard_ranks=2", "--recompute=full"], ": --shard_ranks=0 needs "),
+    (["--ranks=8", "--recompute=full", "--reduce_each=true", "--gpu_memory=26", "--batch_tokens=196608"],
+     ": --ranks=24 needs "),
+    (["--ranks=8", "--shard_ranks=2", "--recompute=full", "--gpu_memory=70"], ": --shard_ranks=0 needs "),
     (["--ranks=64", "--micro_batch=8", "--recompute=full", "--gpu_memory=60"], ": --micro_batch=2 needs "),
     (["--ranks=7"], "7 processes cannot share evenly; batch_tokens=8372224 can"),
     (["--ranks=64", "--shard_ranks=7"], "shard_ranks=7 must divide the number of processes, 64, as 8 does"),

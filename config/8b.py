@@ -30,9 +30,9 @@ u_warmup_steps = 2000  # ours
 u_init = 1e-3
 
 context = 8192
-batch_tokens = 512 * 8192  # ours
+batch_tokens = 1024 * 8192  # ours
 micro_batch = 1
-max_steps = 310_000  # 1.3T tokens
+max_steps = 155_000  # 1.3T tokens
 lr = 3e-5  # ours
 min_lr = 3e-6
 lr_warmup_steps = 2000

@@ -17,9 +17,9 @@ tie_embeddings = False
 objective = "ar"
 
 context = 8192
-batch_tokens = 512 * 8192
+batch_tokens = 1024 * 8192
 micro_batch = 1
-max_steps = 310_000
+max_steps = 155_000  # 1.3T tokens
 lr = 3e-5
 min_lr = 3e-6
 lr_warmup_steps = 2000

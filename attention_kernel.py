@@ -185,7 +185,8 @@ def say_if_tiled(device_type, dtype, head_dim):
 
 @functools.cache
 def say_once(text):
-    print(text, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, one
+        print(text, file=sys.stderr)
 
 
 @torch.compiler.disable  # the tiles follow the documents of the batch: traced, every packing would recompile

@@ -71,19 +71,32 @@ def start(device, shard_ranks=0):
         raise ValueError(f"shard_ranks={shard_ranks} must divide the number of processes, {size}")
     if not launched and device != "cuda":
         return World(0, 1, torch.device(device))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise ValueError(f"process {local} of this machine has no GPU: --nproc_per_node={torch.cuda.device_count()} or fewer")
         torch.cuda.set_device(local)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, **({} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}))
+        dist.init_process_group(backend, store=meeting_place() if launched else dist.HashStore(), rank=rank, world_size=size)
         atexit.register(dist.destroy_process_group)
     shape = (size // (shard_ranks or size), shard_ranks or size)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
-    return World(dist.get_rank(), size, torch.device(device, local if device == "cuda" else None),
+    return World(rank, size, torch.device(device, local if device == "cuda" else None),
                  mesh if shape[0] > 1 else mesh["shard"])
+
+
+def meeting_place():
+    """The store through which torchrun's processes find each other.
+
+    torchrun restarts a job with the store it had (seen with torch 2.13), where the addresses of the dead would be found
+    first: each attempt gets names of its own. Over several nodes the counts of attempts may differ; there torchrun itself
+    makes a new store with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
+    """
+    store = next(dist.rendezvous("env://"))[0]
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        return store
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def shard(model, mesh, dtype, reshard=True):

@@ -265,8 +265,8 @@ def find(path):
         return path / (path / "latest").read_text().strip()
     if (path / "config.json").is_file():
         return path
-    raise FileNotFoundError(f"no checkpoint in {path}: it has neither `latest` nor config.json; "
-                            "`python train.py config/toy_ar.py` trains one in out/toy_ar")
+    raise FileNotFoundError(f"no checkpoint in {path}: it has neither `latest` nor config.json; `bash demo.sh` trains two, "
+                            "out/toy_ar and out/toy")
 
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt"]
@@ -490,12 +490,10 @@ def verify(cfg, model, tok, recipe):
 
 def main():
     commands = {"verify": verify, "export": export}
-    words = sys.argv[1:]
-    if not words or words[0] in ("-h", "--help"):
-        return configure(Config, ["--help"])
-    if words[0] not in commands or len(words) < 2 or words[1].startswith("--"):
-        configure(Config, [])
-        raise ValueError(f"{' '.join(words)!r} is no command: `python checkpoint.py verify FOLDER` and "
+    words = sys.argv[1:] or ["--help"]
+    if {"-h", "--help"} & set(words) or words[0] not in commands or len(words) < 2 or words[1].startswith("--"):
+        configure(Config, ["--help"] if {"-h", "--help"} & set(words) else [], "verify|export FOLDER")
+        raise ValueError(f"{' '.join(words)!r} is not whole: `python checkpoint.py verify FOLDER` and "
                          "`python checkpoint.py export FOLDER --to=FOLDER` are")
     cfg, _ = configure(Config, [f"--folder={words[1]}", *words[2:]])
     dtype = torch.float32 if words[0] == "export" else getattr(torch, cfg.dtype)

@@ -30,11 +30,11 @@ from typing import Literal, Union, get_args, get_origin
 HERE = Path(__file__).resolve().parent
 
 
-def configure(Config, argv=None):
+def configure(Config, argv=None, usage="[config/file.py]"):
     """Build a `Config` from its defaults, an optional config file and the command line.
 
     Config: a dataclass; every field annotated int, float, bool, str, tuple, Literal[...] or `X | None`.
-    argv:   list of str; default sys.argv[1:].
+    argv:   list of str; default sys.argv[1:]. usage: what --help says to write before the settings.
     Returns (config, given): `given` is the set of keys that a file or the command line set.
     Raises ValueError, in one sentence, for an unknown key, a wrong type or a missing value.
     Side effect: from here on, an error of the user's ends the script with a sentence, not a traceback.
@@ -42,7 +42,7 @@ def configure(Config, argv=None):
     sys.excepthook = one_sentence
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
-        print_help(Config)
+        print_help(Config, usage)
         raise SystemExit(0)
     types_of = {f.name: f.type for f in fields(Config)}
     in_file, typed = {}, {}
@@ -133,11 +133,11 @@ def describe(kind):
     return names[kind]
 
 
-def print_help(Config):
+def print_help(Config, usage):
     """Every key with its default, type and meaning; the meaning is the comment beside the field."""
     spec = sys.modules["__main__"].__spec__  # set where the script runs as python -m data.stdlib.prepare
     name = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
-    print(f"usage: python {name} [config/file.py] [--key=value ...]\n")
+    print(f"usage: python {name} {usage} [--key=value ...]\n")
     source = inspect.getsource(Config)
     for f in fields(Config):
         comment = re.search(rf"^ +{f.name} *:[^#\n]*# *(.*)$", source, re.M)
@@ -145,7 +145,7 @@ def print_help(Config):
 
 
 def one_sentence(kind, error, trace):
-    """sys.excepthook: an OSError, or a ValueError that a `raise` of this project's made, is for the user, so one sentence will do.
+    """sys.excepthook: an OSError, or a ValueError that a `raise` of this project's made, is for the user: a sentence will do.
 
     Anything else is a bug and keeps its traceback; so does everything under TRACEBACK=1.
     """

@@ -14,16 +14,12 @@ fi
 begun=$SECONDS
 
 say() { printf '\n== %s\n' "$*"; }
-train() {  # train CONFIG RUN: from its start, or from where an interrupted demo left off
-    if [ -e "$2/latest" ]; then "$PY" train.py "$1" --init_from=resume; else "$PY" train.py "$1"; fi
-}
-
 say "1/4 data: the standard library's own source"
 "$PY" -m data.stdlib.prepare
 say "2/4 a small autoregressive model (config/toy_ar.py)"
-train config/toy_ar.py out/toy_ar
+"$PY" train.py config/toy_ar.py --resume=true  # goes on where an interrupted demo left off
 say "3/4 block diffusion, continued from it (config/toy.py)"
-train config/toy.py out/toy
+"$PY" train.py config/toy.py --resume=true
 say "4/4 how they did"
 "$PY" -m experiments.toy_report
 say "done in $((SECONDS - begun)) s; next: source .venv/bin/activate; python sample.py --prompt \"def area(\""

@@ -1,12 +1,12 @@
 """Many processes, one model: the process group, FSDP2, activation checkpointing, and an Adafactor that is sharded too.
 
     torchrun --nproc_per_node=8 train.py config/8b.py                        # one node
-    torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/8b.py --shard_ranks=8
+    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/8b.py --shard_ranks=8
 
 Every process runs the same script on its own rows of the global batch. FSDP2 cuts each weight, its gradient and its
 optimizer state into equal rows, one part a process (ZeRO-3): a block's weights are gathered when it runs and given back after,
 its gradients are summed and cut again. Master weights are float32, the gathered copies in `dtype`, sums in float32.
-With `shard_ranks` (HSDP) only that many processes share a copy, a node's say, and the copies exchange gradients.
+With `shard_ranks` (HSDP, hybrid sharding) only that many processes share a copy, a node's say, and the copies exchange gradients.
 
 gloo on CPUs and NCCL on GPUs run the same code. Not covered: tensor, pipeline and context parallelism, CPU offload.
 """

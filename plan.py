@@ -326,5 +326,5 @@ def print_table(moments, title):
 
 if __name__ == "__main__":
     # train.py owns the settings and their checks: it runs with these, plans, and stops
-    sys.argv = ["train.py", *sys.argv[1:], "--dry_run=true"]
+    sys.argv = ["plan.py", *sys.argv[1:], "--dry_run=true"]
     runpy.run_path(str(Path(__file__).with_name("train.py")), run_name="__main__")

@@ -8,7 +8,7 @@ comes before it and is not cached yet, the prompt at first, the block just finis
 attention that is exact. An autoregressive model is the same with blocks of one token and `shift`. A bidirectional
 model sees the whole text in every forward, so there is nothing it could cache exactly.
 
-Not covered: caches for bidirectional models, infilling, chat, orders other than by confidence.
+Not covered: caches for bidirectional models, infilling, chats of several turns, orders other than by confidence.
 """
 import time
 from dataclasses import dataclass

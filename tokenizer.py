@@ -151,7 +151,7 @@ class Tokenizer:
         path = path if path.suffix == ".json" else path / "tokenizer.json"
         folder = self.folder = path.parent
         if not path.is_file() and not (folder / "vocab.json").is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}; `python -m data.stdlib.prepare` writes one")
+            raise FileNotFoundError(f"no tokenizer at {path}: the data is not prepared; `python -m data.stdlib.prepare` prepares data/stdlib")
         self.config = read_json(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in self.config:  # transformers too reads the older file only then
             self.config |= read_json(folder / "special_tokens_map.json")

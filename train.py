@@ -2,10 +2,10 @@
 
     python train.py config/toy_ar.py                    # a small autoregressive model of real code
     python train.py config/toy.py                       # block diffusion, continued from its weights
-    python train.py config/toy.py --init_from=resume    # go on where a stopped run left off: the same numbers
+    python train.py config/toy.py --resume=true         # go on where it left off, if it was begun: the same numbers
     torchrun --nproc_per_node=8 train.py config/8b.py   # the same loop on eight GPUs; parallel.py says how
 
-The numbers do not depend on how many processes share the work. Not covered: supervised fine-tuning.
+However many processes share the work, rows, noise and loss are the same. Not covered: supervised fine-tuning.
 """
 import ctypes
 import json
@@ -37,6 +37,7 @@ class Config:
     # the run
     out: str = "out/toy"  # folder of the run: checkpoints and metrics.jsonl
     init_from: str = "scratch"  # 'scratch', 'resume' (the newest checkpoint in out), or a folder or Hub name to take weights from
+    resume: bool = False  # go on from out's newest checkpoint if it has one, else begin as init_from says: for schedulers
     seed: int = 1337  # of the weights, the data order and the noise
     # data
     data: str = "data/stdlib"  # folder that a prepare.py wrote
@@ -131,12 +132,13 @@ def check(cfg):
 
 
 def rows_of(rank, size, cfg):
-    """The rows of the global batch that a process computes, a range. Raises ValueError where they cannot be dealt out evenly."""
+    """The rows of the global batch that a process computes, a range. Raises ValueError where they are not to be shared evenly."""
     batch_rows = cfg.batch_tokens // cfg.context
     if batch_rows % size:
         near = max(1, round(batch_rows / size)) * size * cfg.context
+        fewer = max(n for n in range(1, size) if batch_rows % n == 0)
         raise ValueError(f"batch_tokens={cfg.batch_tokens} is {batch_rows} rows of context={cfg.context}, which {size} processes "
-                         f"cannot share evenly; batch_tokens={near} can")
+                         f"cannot share evenly; {fewer} processes can, and batch_tokens={near}")
     return range(rank * batch_rows // size, (rank + 1) * batch_rows // size)
 
 
@@ -147,7 +149,8 @@ def check_resumed(cfg, saved):
         if key in changed:
             raise ValueError(f"{key}={changed[key][1]} but the run in {cfg.out} has {key}={changed[key][0]}: resume with the same "
                              "settings, or start another run with --out=FOLDER")
-    said = [f"{k} {old} -> {new}" for k, (old, new) in changed.items() if k not in ("init_from", "out", "threads", "dtype", "device")]
+    said = [f"{k} {old} -> {new}" for k, (old, new) in changed.items() if k not in ("init_from", "resume", "out", "threads", "dtype",
+                                                                                  "device")]
     if said:
         say(f"resuming with other settings: {', '.join(said)}")
 
@@ -262,10 +265,10 @@ rows = rows_of(world.rank, world.size, cfg)
 batch_rows = cfg.batch_tokens // cfg.context
 
 # torchrun restarts a job that lost a process with the same arguments: the run's own checkpoint then comes first
-restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (out / "latest").exists()
-resuming = cfg.init_from == "resume" or restarted
+again = cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+resuming = cfg.init_from == "resume" or again and (out / "latest").exists()
 if not resuming and (out / "latest").exists():
-    raise ValueError(f"{out} already holds a run ({(out / 'latest').read_text()}); --init_from=resume continues it, "
+    raise ValueError(f"{out} already holds a run ({(out / 'latest').read_text()}); --resume=true continues it, "
                      "--out=FOLDER starts another")
 folder = None if cfg.init_from == "scratch" and not resuming else checkpoint.find(out if resuming else cfg.init_from)
 saved = checkpoint.read_json(folder / "state" / "train.json") if resuming else None
@@ -396,5 +399,5 @@ with tqdm(total=cfg.max_steps, initial=start, unit="step", mininterval=0.5, dyna
         if stop:
             break
 if stop:
-    say(f"stopped after step {step + 1}; the same command with --init_from=resume goes on")
+    say(f"stopped after step {step + 1}; the same command with --resume=true goes on")
     sys.exit(128 + (asked_to_stop or [signal.SIGTERM])[0])  # a process may know it from the others alone

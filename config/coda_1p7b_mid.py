@@ -5,7 +5,9 @@
 From the paper: about 21B tokens for five epochs, batch 256 x 8192, 50,000 steps, Adafactor with a peak of 2e-4, and a
 curriculum of S1 (unmaskable prefix), S2 (truncated suffix) and S3 (spans) from 1, 1, 5 % to 20, 20, 25 % of the rows.
 (The released script trains with constant rates instead.) The paper's data for this stage: RedPajama's arXiv, Gutenberg,
-python-edu, OpenCoder's annealing corpus, Stack v2's Python; write a mixture as in data/stack/coda.json.
+python-edu, OpenCoder's annealing corpus, Stack v2's Python. The mixture is yours to write, as data/stack/coda.json is.
+
+Data: `python -m data.stack.prepare --mixture=YOURS.json --out=data/coda_mid --tokens=21e9 --tokenizer=Qwen/Qwen3-1.7B`.
 """
 out = "out/coda_1p7b_mid"
 init_from = "out/coda_1p7b"

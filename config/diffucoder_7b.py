@@ -1,11 +1,11 @@
 """DiffuCoder's adaptation: Qwen2.5-Coder-7B from causal to bidirectional (arXiv 2506.20639, §3 and appendix B.1).
 
-    torchrun --nnodes=10 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/diffucoder_7b.py --shard_ranks=8
+    torchrun --nproc_per_node=8 train.py config/diffucoder_7b.py     # or 16, 32, 40, 80 GPUs: what divides its 160 rows
 
 From the paper: 65B tokens in 100,000 steps of 160 rows of 4096 (80 H100, two rows each, about 40 hours), Adam with a peak of
 2e-5 after 20,000 steps of warmup and a cosine to 10 %, attention annealed from causal to open over 10,000 steps, 1 % of the
 rows truncated, 1 % with a prefix that is not noised, the head read one position early (shift). Ours: weight decay 0.
-More tokens made it worse, the paper says. On one node: --nproc_per_node=8, twenty rows a GPU.
+More tokens made it worse, the paper says.
 
 Its second stage, mid-training on 16B tokens for four epochs, is the same with other numbers:
     train.py config/diffucoder_7b.py --init_from=out/diffucoder_7b --out=out/diffucoder_7b_mid --data=data/annealing \\

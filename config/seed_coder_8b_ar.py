@@ -4,6 +4,8 @@
 
 Stable-DiffCoder's paper compares with an autoregressive model trained on the same data with the same budget; this is that
 run: every number is config/8b.py's but for the objective. A step takes about half of the time, a row being T tokens, not 2T.
+
+Data: config/8b.py's.
 """
 out = "out/seed_coder_8b_ar"
 init_from = "ByteDance-Seed/Seed-Coder-8B-Base"

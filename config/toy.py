@@ -1,6 +1,7 @@
 """Block diffusion, continued from the autoregressive weights of config/toy_ar.py: Stable-DiffCoder's recipe at toy scale.
 
 K = 4, clipped schedule, ELBO weights after a warmup of the noise (Stable-DiffCoder §3). Two CPU cores, about two minutes.
+Data: `python -m data.stdlib.prepare`.
 """
 out = "out/toy"
 init_from = "out/toy_ar"

@@ -1,6 +1,7 @@
 """The stage before diffusion: a small autoregressive model of Python's standard library.
 
 Plays the part of Seed-Coder in Stable-DiffCoder's recipe. Two CPU cores, about two minutes.
+Data: `python -m data.stdlib.prepare`.
 """
 out = "out/toy_ar"
 objective = "ar"

@@ -678,7 +678,7 @@ def test_an_export_goes_only_where_nothing_is_yet(folders, tmp_path, command):
 
 @pytest.mark.parametrize("words", [["verify"], ["verify", "--dtype=bfloat16"], ["import", "x"], ["x"]])
 def test_a_command_that_is_none_says_which_are(command, words):
-    with pytest.raises(ValueError, match="is no command: `python checkpoint.py verify FOLDER` and .* are"):
+    with pytest.raises(ValueError, match="is not whole: `python checkpoint.py verify FOLDER` and .* are"):
         command(checkpoint.main, *words)
 
 

@@ -113,7 +113,7 @@ def test_ctrl_c_leaves_a_usable_checkpoint(data_folder, tmp_path):
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     printed, errors = run.communicate()
-    assert run.returncode == 130 and "--init_from=resume" in printed and "Traceback" not in errors
+    assert run.returncode == 130 and "--resume=true" in printed and "Traceback" not in errors
     train(data_folder, tmp_path / "run", "--init_from=resume")
     train(data_folder, tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
@@ -213,6 +213,19 @@ def test_compiled_runs_give_the_same_bits_and_the_eager_loss(data_folder, tmp_pa
     train(data_folder, tmp_path / "eager", "--dtype=float32")
     for a, b in zip(metrics(tmp_path / "first"), metrics(tmp_path / "eager")):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-3)
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(data_folder, tmp_path):
+    """What a scheduler repeats: the run's own checkpoint comes before init_from, where there is one."""
+    train(data_folder, tmp_path / "start", "--max_steps=5")
+    same = [f"--init_from={tmp_path / 'start'}", "--resume=true", "--lr_decay=linear", "--lr=0.001", "--min_lr=0.001"]
+    train(data_folder, tmp_path / "whole", *same)
+    for steps in (10, 24):
+        train(data_folder, tmp_path / "twice", *same, f"--max_steps={steps}")
+    steps = [[m for m in metrics(tmp_path / name) if "loss" in m] for name in ("whole", "twice")]
+    assert steps[0] == steps[1]
+    with pytest.raises(SystemExit):  # it is done
+        train(data_folder, tmp_path / "whole", *same)
 
 
 def test_a_finished_run_has_nothing_to_resume(data_folder, tmp_path, capsys):

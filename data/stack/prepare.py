@@ -1,7 +1,7 @@
 """Text files, more than fit in memory, as the shards that loader.py reads: by many processes, and resumable.
 
     python -m data.stack.prepare --source="/corpus/*.jsonl.zst" --text=content --out=data/mine    # every document once
-    python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code --tokens=2.5e9    # sources by weight
+    python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code --tokens=3e9      # sources by weight
     python -m data.stack.prepare --mixture=data/stack/coda.json --out=data/coda --tokens=1e9 --tokenizer=FOLDER
 
 A source is .jsonl, .jsonl.gz, .jsonl.zst or .parquet files: a file, a glob, a folder, or a URL that fsspec opens, such as

@@ -234,10 +234,14 @@ def optimizer_state(model, optimizer):
     return get_optimizer_state_dict(model, optimizer, options=FLAT)
 
 
+def inner(error):
+    """The error itself: torch.distributed.checkpoint wraps those of all processes into one."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
 def reason(error):
-    """What went wrong, in a line: torch.distributed.checkpoint wraps the errors of all processes into one."""
-    inner = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-    return str(inner).partition("\n")[0]
+    """What went wrong, in a line."""
+    return str(inner(error)).partition("\n")[0]
 
 
 def discard(folder):
@@ -398,6 +402,8 @@ def load_state(folder, model, optimizer):
     try:
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (CheckpointException, RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
+        if isinstance(inner(error), dist.DistError):  # another process is gone: the checkpoint is as it was
+            raise
         raise ValueError(f"{path} is damaged or of another optimizer: {reason(error)}") from error
     set_optimizer_state_dict(model, optimizer, state, options=FLAT)
     return settings

@@ -94,7 +94,7 @@ class Noised:
 
     def rows(self, a, b, device):
         """Rows a..b, on a device."""
-        return Noised(*(x[a:b].to(device, non_blocking=True) for x in vars(self).values()))
+        return Noised(*(x[a:b].to(device) for x in vars(self).values()))
 
 
 # --- who shares a t, who sees whom, where a prediction is read ----------------------------------------------------

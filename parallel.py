@@ -3,6 +3,8 @@
     torchrun --nproc_per_node=8 train.py config/8b.py                        # one node
     torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/8b.py --shard_ranks=8
 
+(to survive a lost process on several nodes, see `meeting_place`)
+
 Every process runs the same script on its own rows of the global batch. FSDP2 cuts each weight, its gradient and its
 optimizer state into equal rows, one part a process (ZeRO-3): a block's weights are gathered when it runs and given back after,
 its gradients are summed and cut again. Master weights are float32, the gathered copies in `dtype`, sums in float32.
@@ -10,7 +12,6 @@ With `shard_ranks` (HSDP, hybrid sharding) only that many processes share a copy
 
 gloo on CPUs and NCCL on GPUs run the same code. Not covered: tensor, pipeline and context parallelism, CPU offload.
 """
-import atexit
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    group_made: bool = False  # here, and not by whoever called
 
     def sum(self, *values):
         """The sums of these numbers over all processes, as floats (exact for counts below 2^53)."""
@@ -40,12 +42,17 @@ class World:
             dist.all_reduce(total)  # on the CPU, through gloo: the GPU need not stop for it
         return total.tolist()
 
-    def max(self, value):
-        """The largest of this number over all processes."""
-        largest = torch.tensor(value, dtype=torch.float64)
+    def first(self, value):
+        """What the first process has here, on all of them."""
+        values = [value]
         if self.size > 1:
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return largest.item()
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def leave(self):
+        """End the process group, at a clean end only: after an error it would wait for processes that wait for this one."""
+        if self.group_made:
+            dist.destroy_process_group()
 
 
 def pick_device(asked):
@@ -76,14 +83,14 @@ def start(device, shard_ranks=0):
         if local >= torch.cuda.device_count():
             raise ValueError(f"process {local} of this machine has no GPU: --nproc_per_node={torch.cuda.device_count()} or fewer")
         torch.cuda.set_device(local)
-    if not dist.is_initialized():
+    group_made = not dist.is_initialized()
+    if group_made:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=meeting_place() if launched else dist.HashStore(), rank=rank, world_size=size)
-        atexit.register(dist.destroy_process_group)
     shape = (size // (shard_ranks or size), shard_ranks or size)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
     return World(rank, size, torch.device(device, local if device == "cuda" else None),
-                 mesh if shape[0] > 1 else mesh["shard"])
+                 mesh if shape[0] > 1 else mesh["shard"], group_made)
 
 
 def meeting_place():
@@ -93,8 +100,13 @@ def meeting_place():
     first: each attempt gets names of its own. Over several nodes the counts of attempts may differ; there torchrun itself
     makes a new store with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
     """
+    nodes, restarts = (int(os.environ.get(name, default)) for name, default in (("GROUP_WORLD_SIZE", 1),
+                                                                                ("TORCHELASTIC_MAX_RESTARTS", 0)))
+    if nodes > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(f"max-restarts={restarts} on {nodes} nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's "
+                         "environment")
     store = next(dist.rendezvous("env://"))[0]
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+    if nodes > 1:
         return store
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
@@ -172,7 +184,7 @@ class Adafactor(torch.optim.Optimizer):
                                   "eps": eps, "clip": clip})
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):  # nobody here gives one; torch.distributed.checkpoint names it
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -5,7 +5,7 @@
     python train.py config/toy.py --resume=true         # go on where it left off, if it was begun: the same numbers
     torchrun --nproc_per_node=8 train.py config/8b.py   # the same loop on eight GPUs; parallel.py says how
 
-However many processes share the work, rows, noise and loss are the same. Not covered: supervised fine-tuning.
+However many processes share the work, rows and noise are the same, and losses to float32's or bfloat16's rounding. Not covered: supervised fine-tuning.
 """
 import ctypes
 import json
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import checkpoint
 import parallel
 import plan
-from attention_kernel import say_if_tiled
+from attention_kernel import say_if_tiled, why_tiled
 from configurator import configure
 from diffusion import Recipe, corrupt, largest_block, nelbo, spans_for, u_max, weighted_loss
 from loader import Windows, prefetch
@@ -170,7 +170,7 @@ def pick_machine(cfg, saved):
     found |= {"dtype": cfg.dtype} if cfg.dtype != "auto" else {}
     found |= {"threads": cfg.threads} if cfg.threads else {}
     if saved and saved != found:
-        changed = ", ".join(f"{k} {saved[k]} -> {found[k]}" for k in found if saved.get(k) != found[k])
+        changed = ", ".join(f"{k} {saved.get(k)} -> {found[k]}" for k in found if saved.get(k) != found[k])
         say(f"resuming under other conditions ({changed}): numbers may differ in their last digits")
     return found
 
@@ -194,7 +194,11 @@ def describe(cfg, given, folder):
             raise ValueError(f"{name}={getattr(cfg, name)} was asked for, but the model in {folder} has {getattr(model_cfg, name)}")
     if cfg.context > model_cfg.context:
         raise ValueError(f"context={cfg.context} is longer than the {model_cfg.context} of the model in {folder}")
-    if not Tokenizer(cfg.data).hf.get_vocab().items() <= tok.hf.get_vocab().items():  # ours may have a new <mask>
+    data = Tokenizer(cfg.data)
+    if data.bos_id != tok.bos_id:
+        raise ValueError(f"documents begin with {data.bos_id} in {cfg.data} and with {tok.bos_id} for the model in {folder}: "
+                         "prepare the data with the same --bos_token")
+    if not data.hf.get_vocab().items() <= tok.hf.get_vocab().items():  # ours may have a new <mask>
         raise ValueError(f"{cfg.data} was prepared with another tokenizer than the one in {folder}: prepare it "
                          f"again with --tokenizer={folder}, or train from scratch")
     return model_cfg, tok
@@ -208,6 +212,9 @@ def build(cfg, model_cfg, folder):
     if cfg.compile:
         torch.use_deterministic_algorithms(world.device.type == "cpu")  # without, two compiled CPU runs were seen to differ
         parallel.compile_blocks(model)
+        why = why_tiled(world.device.type, getattr(torch, machine["dtype"]), model_cfg.head_dim)
+        if why and cfg.recompute != "none":
+            say(f"compile=true compiles nothing with recompute={cfg.recompute} where attention is PyTorch tiles, since {why}")
     if world.mesh is not None:
         parallel.shard(model, world.mesh, getattr(torch, machine["dtype"]), cfg.reshard)
     model.to_empty(device=world.device)
@@ -265,12 +272,13 @@ rows = rows_of(world.rank, world.size, cfg)
 batch_rows = cfg.batch_tokens // cfg.context
 
 # torchrun restarts a job that lost a process with the same arguments: the run's own checkpoint then comes first
-again = cfg.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-resuming = cfg.init_from == "resume" or again and (out / "latest").exists()
-if not resuming and (out / "latest").exists():
-    raise ValueError(f"{out} already holds a run ({(out / 'latest').read_text()}); --resume=true continues it, "
-                     "--out=FOLDER starts another")
-folder = None if cfg.init_from == "scratch" and not resuming else checkpoint.find(out if resuming else cfg.init_from)
+restarts, = world.sum(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))  # only the node that lost one counts it
+begun = world.first((out / "latest").read_text().strip() if (out / "latest").exists() else None)
+resuming = cfg.init_from == "resume" or bool(begun and (cfg.resume or restarts))
+if begun and not resuming:
+    raise ValueError(f"{out} already holds a run ({begun}); --resume=true continues it, --out=FOLDER starts another")
+folder = (out / begun if resuming and begun else checkpoint.find(out) if resuming else
+          None if cfg.init_from == "scratch" else checkpoint.find(cfg.init_from))
 saved = checkpoint.read_json(folder / "state" / "train.json") if resuming else None
 if resuming:
     check_resumed(cfg, saved["config"])
@@ -289,6 +297,7 @@ start = checkpoint.load_state(folder, model, optimizer)["step"] if resuming else
 out.mkdir(parents=True, exist_ok=True)
 if start >= cfg.max_steps:
     say(f"{out}: its {start} steps are done; a --max_steps above that trains on")
+    world.leave()
     sys.exit(0)
 if world.rank == 0:
     checkpoint.cut_metrics(out / "metrics.jsonl", start)
@@ -303,7 +312,7 @@ if world.rank == 0:
 
 
 def autocast():
-    """Without FSDP, which casts the weights itself, autocast casts what goes into each matrix product."""
+    """Without FSDP, which casts weights and so all activations, autocast casts what goes into each matrix product alone."""
     return torch.autocast(world.device.type, torch.bfloat16, enabled=world.mesh is None and machine["dtype"] == "bfloat16")
 
 
@@ -319,13 +328,14 @@ def evaluate(step):
     began, token_bytes = time.time(), torch.from_numpy(tok.token_bytes)
     nats = variance = tokens = bytes_ = 0
     windows = val_data.spread(cfg.eval_windows)
+    everything = val_data.batch(windows)
+    largest = largest_block(recipe, everything.doc_start, everything.maskable)
     share = -(-len(windows) // world.size)  # each process runs as many forwards as the others: FSDP gathers weights in each
     mine = range(world.rank * share, (world.rank + 1) * share)
     for a in range(0, share, cfg.micro_batch):
         numbers = [min(n, len(windows) - 1) for n in mine[a:a + cfg.micro_batch]]
         b = val_data.batch(windows[numbers])
         b.maskable &= torch.tensor([n < len(windows) for n in mine[a:a + cfg.micro_batch]])[:, None]  # the last one again counts nothing
-        largest = int(world.max(largest_block(recipe, b.doc_start, b.maskable)))
         with autocast():
             part, var = nelbo(model, *(x.to(world.device) for x in (b.x0, b.doc_start, b.doc_end, b.maskable)),
                               recipe, cfg.eval_draws, rows=numbers, largest=largest)
@@ -398,6 +408,7 @@ with tqdm(total=cfg.max_steps, initial=start, unit="step", mininterval=0.5, dyna
             checkpoint.save(out, step + 1, model, optimizer, tok, recipe, {"machine": machine, "config": asdict(cfg)}, cfg.keep)
         if stop:
             break
+world.leave()
 if stop:
     say(f"stopped after step {step + 1}; the same command with --resume=true goes on")
     sys.exit(128 + (asked_to_stop or [signal.SIGTERM])[0])  # a process may know it from the others alone

@@ -1,4 +1,4 @@
-"""Real training steps on one GPU (or several, under torchrun): MFU, tokens a second, and memory beside the plan.
+"""Real training steps on one GPU: MFU, tokens a second, and memory beside the plan.
 
     python -m bench.train_gpu                    # CoDA-1.7B's shape and config/small.py, each under ar and block
     python -m bench.train_gpu --smoke=true       # the same with a toy's sizes, anywhere: does it run?
@@ -7,7 +7,7 @@ Each row is train.py itself, started with that shape's config and stopped once e
 new ones and the data is data/stdlib, neither of which changes a step's cost. The objectives of a shape are timed in turns.
 Then config/small.py trains for a few hundred steps, whose loss is printed. Writes bench/results/train_<device>.md.
 
-Not covered: the network; CPUs (bench/train_cpu.py, bench/train_ranks.py); the kernel alone (bench/attention.py).
+Not covered: several GPUs; CPUs (bench/train_cpu.py, bench/train_ranks.py); the kernel alone (bench/attention.py).
 """
 import json
 import platform

@@ -11,7 +11,8 @@ Its second stage, mid-training on 16B tokens for four epochs, is the same with o
     train.py config/diffucoder_7b.py --init_from=out/diffucoder_7b --out=out/diffucoder_7b_mid --data=data/annealing \\
         --anneal_steps=0 --lr=1e-5 --min_lr=1e-6 --lr_warmup_steps=2000
 The data of the first (RefineCode and web pages of code) are to be had as lists of files alone; data/stack/code.json is open.
-Data: `python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code_7b --tokenizer=Qwen/Qwen2.5-Coder-7B`.
+Data: `python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code_7b --tokenizer=Qwen/Qwen2.5-Coder-7B
+    --bos_token="<|beginoftext|>"`.
 """
 out = "out/diffucoder_7b"
 init_from = "Qwen/Qwen2.5-Coder-7B"

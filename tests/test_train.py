@@ -183,6 +183,14 @@ def test_the_linear_schedule_is_a_line_and_adafactor_trains(data_folder, tmp_pat
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+def test_an_adafactor_run_goes_on_with_the_same_bits(data_folder, tmp_path):
+    same = ["--optimizer=adafactor", "--lr_decay=linear", "--lr=0.001", "--min_lr=0.001"]
+    train(data_folder, tmp_path / "whole", *same, "--max_steps=10")
+    for steps in (5, 10):
+        train(data_folder, tmp_path / "twice", *same, f"--max_steps={steps}", "--resume=true")
+    assert weights(tmp_path / "twice") == weights(tmp_path / "whole")
+
+
 def test_metrics_go_where_they_are_asked_to_and_a_missing_package_is_named(data_folder, tmp_path, monkeypatch):
     shown = []
     writer = SimpleNamespace(SummaryWriter=lambda folder: SimpleNamespace(add_scalar=lambda *a: shown.append(a)))

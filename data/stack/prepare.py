@@ -58,6 +58,7 @@ class Config:
     out: str = "data/code"  # folder to write to
     tokens: int = 0  # how many to write, train and val together; 0: every document once
     tokenizer: str = ""  # folder of a tokenizer to use, or a model's name on the Hub; empty: train one
+    bos_token: str = ""  # name of the token that begins a document; empty: the tokenizer's, if any; a new name is added
     vocab_size: int = 32768  # ids in all, for a tokenizer trained here
     val_percent: float = 0.5  # share of the documents held out for validation, in percent; a hash of their text decides
     max_chars: int = 1000000  # longer documents are left out
@@ -127,18 +128,18 @@ def make_parts(jobs, wanted, pool, ahead):
     """
     jobs, running = deque(jobs), deque()
     while jobs or running:
-        while jobs and len(running) < ahead:
-            job = jobs.popleft()
-            if wanted(job[2]):
-                running.append((job, pool.submit(make_part, *job) if pool else None))
-        if not running:
-            return
-        job, future = running.popleft()
-        if not wanted(job[2]):
-            if future:
-                future.cancel()
-            continue
         try:
+            while jobs and len(running) < ahead:
+                job = jobs.popleft()
+                if wanted(job[2]):
+                    running.append((job, pool.submit(make_part, *job) if pool else None))
+            if not running:
+                return
+            job, future = running.popleft()
+            if not wanted(job[2]):
+                if future:
+                    future.cancel()
+                continue
             yield future.result() if pool else make_part(*job)
         except BrokenProcessPool as error:
             raise OSError("a worker was killed, perhaps for want of memory; the same command goes on, "
@@ -330,7 +331,7 @@ def settle_tokenizer(cfg, sources):
         print(f"{cfg.out}: training a tokenizer of {cfg.vocab_size} ids on the first documents")
         text = train_tokenizer(sample(cfg, sources), cfg.vocab_size).to_str(pretty=True)
         write_aside(trained, lambda f: f.write(text.encode()))
-    tok = Tokenizer(cfg.tokenizer or trained)
+    tok = Tokenizer(cfg.tokenizer or trained, cfg.bos_token)
     if tok.eos_id is None:
         raise ValueError(f"{cfg.tokenizer} has no <eos>, which ends a document")
     tok.save(cfg.out)
@@ -375,7 +376,7 @@ def prepare(cfg):
     if cfg.tokenizer:
         from checkpoint import TOKENIZER_FILES, fetch  # here, for it brings what a worker need not wait for
         cfg.tokenizer = str(fetch(cfg.tokenizer, TOKENIZER_FILES))
-    given = Tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+    given = Tokenizer(cfg.tokenizer, cfg.bos_token) if cfg.tokenizer else None
     given = f"{given.json}{given.bos_id}{given.eos_id}" if given else SPLIT
     plan = {key: getattr(cfg, key) for key in ("tokens", "vocab_size", "val_percent", "max_chars", "shard_tokens")}
     plan |= {"tokenizer": hashlib.sha256(given.encode()).hexdigest(),

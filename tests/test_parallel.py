@@ -343,7 +343,7 @@ def test_a_run_that_is_preempted_or_stopped_saves_a_checkpoint_and_all_leave(dat
         run.send_signal(ask) if ask == signal.SIGTERM else os.killpg(run.pid, ask)
         printed, errors = run.communicate(timeout=120)
         assert run.returncode != 0 and left(pids) and no_traceback_of_ours(errors), errors
-        assert printed.count("the same command with --init_from=resume goes on") == 1
+        assert printed.count("the same command with --resume=true goes on") == 1
         saved = int((out / "latest").read_text()[-7:])
         assert at - 3 <= saved < 60  # a few lines are evaluations
         assert metrics(out) == metrics(runs / "undisturbed")[:lines_of(out)]

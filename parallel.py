@@ -8,7 +8,7 @@
 Every process runs the same script on its own rows of the global batch. FSDP2 cuts each weight, its gradient and its
 optimizer state into equal rows, one part a process (ZeRO-3): a block's weights are gathered when it runs and given back after,
 its gradients are summed and cut again. Master weights are float32, the gathered copies in `dtype`, sums in float32.
-With `shard_ranks` (HSDP, hybrid sharding) only that many processes share a copy, a node's say, and the copies exchange gradients.
+With `shard_ranks` (HSDP, hybrid sharding) that many processes share a copy, a node's say, and the copies exchange gradients.
 
 gloo on CPUs and NCCL on GPUs run the same code. Not covered: tensor, pipeline and context parallelism, CPU offload.
 """
@@ -76,12 +76,13 @@ def start(device, shard_ranks=0):
         raise ValueError(f"{size} processes need device=cuda or cpu: PyTorch has no collectives on mps")
     if size % (shard_ranks or size):
         raise ValueError(f"shard_ranks={shard_ranks} must divide the number of processes, {size}")
-    if not launched and device != "cuda":
+    if not launched and (device != "cuda" or not dist.is_nccl_available()):  # Windows has CUDA without NCCL
         return World(0, 1, torch.device(device))
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU: --nproc_per_node={torch.cuda.device_count()} or fewer")
+            raise ValueError(f"process {local} of this machine has no GPU: give --nproc_per_node={torch.cuda.device_count()} "
+                             "or fewer")
         torch.cuda.set_device(local)
     group_made = not dist.is_initialized()
     if group_made:

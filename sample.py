@@ -172,7 +172,7 @@ def main():
         prompt = ([] if tok.bos_id is None else [tok.bos_id]) + tok.encode(cfg.prompt)
     room = model.cfg.context - len(prompt)
     if room < 1:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context only {model.cfg.context}: shorten the prompt")
+        raise ValueError(f"the prompt has {len(prompt)} tokens, the model's context only {model.cfg.context}: shorten it")
     new = min(cfg.max_new_tokens, room)
     K = {"ar": 1, "block": recipe.block_size}.get(recipe.objective, new)
     if cfg.steps > K:

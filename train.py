@@ -5,7 +5,9 @@
     python train.py config/toy.py --resume=true         # go on where it left off, if it was begun: the same numbers
     torchrun --nproc_per_node=8 train.py config/8b.py   # the same loop on eight GPUs; parallel.py says how
 
-However many processes share the work, rows and noise are the same, and losses to float32's or bfloat16's rounding. Not covered: supervised fine-tuning.
+However many processes share the work, rows and noise are the same, and losses to float32's or bfloat16's rounding.
+
+Not covered: supervised fine-tuning.
 """
 import ctypes
 import json
@@ -36,7 +38,7 @@ from tokenizer import Tokenizer
 class Config:
     # the run
     out: str = "out/toy"  # folder of the run: checkpoints and metrics.jsonl
-    init_from: str = "scratch"  # 'scratch', 'resume' (the newest checkpoint in out), or a folder or Hub name to take weights from
+    init_from: str = "scratch"  # 'scratch', 'resume' (out's newest checkpoint), or a folder or Hub name to take weights from
     resume: bool = False  # go on from out's newest checkpoint if it has one, else begin as init_from says: for schedulers
     seed: int = 1337  # of the weights, the data order and the noise
     # data
@@ -132,13 +134,13 @@ def check(cfg):
 
 
 def rows_of(rank, size, cfg):
-    """The rows of the global batch that a process computes, a range. Raises ValueError where they are not to be shared evenly."""
+    """The rows of the global batch that a process computes, a range. Raises ValueError where all cannot have as many."""
     batch_rows = cfg.batch_tokens // cfg.context
     if batch_rows % size:
         near = max(1, round(batch_rows / size)) * size * cfg.context
         fewer = max(n for n in range(1, size) if batch_rows % n == 0)
-        raise ValueError(f"batch_tokens={cfg.batch_tokens} is {batch_rows} rows of context={cfg.context}, which {size} processes "
-                         f"cannot share evenly; {fewer} processes can, and batch_tokens={near}")
+        raise ValueError(f"batch_tokens={cfg.batch_tokens} is {batch_rows} rows of context={cfg.context}, which {size} "
+                         f"processes cannot share evenly; {fewer} processes can, and batch_tokens={near}")
     return range(rank * batch_rows // size, (rank + 1) * batch_rows // size)
 
 
@@ -147,10 +149,10 @@ def check_resumed(cfg, saved):
     changed = {k: (saved[k], v) for k, v in json.loads(json.dumps(asdict(cfg))).items() if k in saved and saved[k] != v}
     for key in ("objective", "shift", "block_size", "schedule", "seed", "context", "batch_tokens", "cross_document"):
         if key in changed:
-            raise ValueError(f"{key}={changed[key][1]} but the run in {cfg.out} has {key}={changed[key][0]}: resume with the same "
-                             "settings, or start another run with --out=FOLDER")
-    said = [f"{k} {old} -> {new}" for k, (old, new) in changed.items() if k not in ("init_from", "resume", "out", "threads", "dtype",
-                                                                                  "device")]
+            raise ValueError(f"{key}={changed[key][1]} but the run in {cfg.out} has {key}={changed[key][0]}: resume with the "
+                             "same settings, or start another run with --out=FOLDER")
+    said = [f"{k} {old} -> {new}" for k, (old, new) in changed.items()
+            if k not in ("init_from", "resume", "out", "threads", "dtype", "device")]
     if said:
         say(f"resuming with other settings: {', '.join(said)}")
 
@@ -191,7 +193,8 @@ def describe(cfg, given, folder):
     model_cfg, tok, _ = checkpoint.describe(folder, cfg.mask_token, cfg.bos_token, objective="ar")
     for name in given & {f.name for f in fields(ModelConfig)} - {"context"}:
         if getattr(cfg, name) != getattr(model_cfg, name):
-            raise ValueError(f"{name}={getattr(cfg, name)} was asked for, but the model in {folder} has {getattr(model_cfg, name)}")
+            raise ValueError(f"{name}={getattr(cfg, name)} was asked for, but the model in {folder} has "
+                             f"{getattr(model_cfg, name)}")
     if cfg.context > model_cfg.context:
         raise ValueError(f"context={cfg.context} is longer than the {model_cfg.context} of the model in {folder}")
     data = Tokenizer(cfg.data)
@@ -301,12 +304,13 @@ if start >= cfg.max_steps:
     sys.exit(0)
 if world.rank == 0:
     checkpoint.cut_metrics(out / "metrics.jsonl", start)
-metrics = open(out / "metrics.jsonl" if world.rank == 0 else os.devnull, "a", buffering=1)  # a line is on disk when it is written
+metrics = open(out / "metrics.jsonl" if world.rank == 0 else os.devnull, "a", buffering=1)  # line by line on disk
 track = tracker(cfg)
 peak_flops = cfg.peak_tflops * 1e12 or plan.peak_flops(world.device)
 say(f"{out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {cfg.objective}, "
     f"{'new' if folder is None else f'from {folder}'}, steps {start} to {cfg.max_steps} of {cfg.batch_tokens} tokens; "
-    f"{len(train_data):,} windows an epoch; {world.size} x {machine['device']}, {machine['dtype']}, {machine['threads']} threads")
+    f"{len(train_data):,} windows an epoch; {world.size} x {machine['device']}, {machine['dtype']}, "
+    f"{machine['threads']} threads")
 if world.rank == 0:
     say_if_tiled(machine["device"], getattr(torch, machine["dtype"]), model.cfg.head_dim)
 
@@ -327,20 +331,19 @@ def evaluate(step):
     """NELBO of fixed val windows under fixed noise, in nats a token and bits a byte of the scored tokens."""
     began, token_bytes = time.time(), torch.from_numpy(tok.token_bytes)
     nats = variance = tokens = bytes_ = 0
-    windows = val_data.spread(cfg.eval_windows)
-    everything = val_data.batch(windows)
-    largest = largest_block(recipe, everything.doc_start, everything.maskable)
-    share = -(-len(windows) // world.size)  # each process runs as many forwards as the others: FSDP gathers weights in each
+    val = val_data.batch(val_data.spread(cfg.eval_windows))
+    largest = largest_block(recipe, val.doc_start, val.maskable)
+    share = -(-len(val.x0) // world.size)  # each process runs as many forwards as the others: FSDP gathers weights in each
     mine = range(world.rank * share, (world.rank + 1) * share)
     for a in range(0, share, cfg.micro_batch):
-        numbers = [min(n, len(windows) - 1) for n in mine[a:a + cfg.micro_batch]]
-        b = val_data.batch(windows[numbers])
-        b.maskable &= torch.tensor([n < len(windows) for n in mine[a:a + cfg.micro_batch]])[:, None]  # the last one again counts nothing
+        numbers = [min(row, len(val.x0) - 1) for row in mine[a:a + cfg.micro_batch]]
+        new = torch.tensor([row < len(val.x0) for row in mine[a:a + cfg.micro_batch]])  # the last one again counts nothing
+        maskable = val.maskable[numbers] & new[:, None]
+        batch = (x.to(world.device) for x in (val.x0[numbers], val.doc_start[numbers], val.doc_end[numbers], maskable))
         with autocast():
-            part, var = nelbo(model, *(x.to(world.device) for x in (b.x0, b.doc_start, b.doc_end, b.maskable)),
-                              recipe, cfg.eval_draws, rows=numbers, largest=largest)
+            part, var = nelbo(model, *batch, recipe, cfg.eval_draws, rows=numbers, largest=largest)
         nats, variance = nats + part, variance + var
-        tokens, bytes_ = tokens + b.maskable.sum().item(), bytes_ + token_bytes[b.x0][b.maskable].sum().item()
+        tokens, bytes_ = tokens + maskable.sum().item(), bytes_ + token_bytes[val.x0[numbers]][maskable].sum().item()
     if world.mesh is not None:
         for part in (model, *model.layers):
             part.reshard()  # a forward without a backward leaves gathered what a training step would give back
@@ -393,9 +396,10 @@ with tqdm(total=cfg.max_steps, initial=start, unit="step", mininterval=0.5, dyna
 
         seconds = time.time() - began
         flops = plan.step_flops(model.cfg, plan.positions(cfg), masked, pairs)
-        found = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, cfg), "u_max": u_max(step, recipe),
-                 "mask_rate": masked / scored, "tokens": (step + 1) * cfg.batch_tokens, "tokens_per_s": cfg.batch_tokens / seconds,
-                 "seconds": seconds, "loader_seconds": waited, "memory_gb": plan.peak_memory(world.device) / 1e9,
+        found = {"step": step, "loss": loss, "grad_norm": grad_norm, "lr": learning_rate(step, cfg),
+                 "u_max": u_max(step, recipe), "mask_rate": masked / scored,
+                 "tokens": (step + 1) * cfg.batch_tokens, "tokens_per_s": cfg.batch_tokens / seconds, "seconds": seconds,
+                 "loader_seconds": waited, "memory_gb": plan.peak_memory(world.device) / 1e9,
                  "mfu": flops / seconds / (peak_flops * world.size) if peak_flops else None}
         metrics.write(json.dumps(found) + "\n")
         track(found)

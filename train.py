@@ -198,12 +198,12 @@ def describe(cfg, given, folder):
     if cfg.context > model_cfg.context:
         raise ValueError(f"context={cfg.context} is longer than the {model_cfg.context} of the model in {folder}")
     data = Tokenizer(cfg.data)
-    if data.bos_id != tok.bos_id:
-        raise ValueError(f"documents begin with {data.bos_id} in {cfg.data} and with {tok.bos_id} for the model in {folder}: "
-                         "prepare the data with the same --bos_token")
     if not data.hf.get_vocab().items() <= tok.hf.get_vocab().items():  # ours may have a new <mask>
         raise ValueError(f"{cfg.data} was prepared with another tokenizer than the one in {folder}: prepare it "
                          f"again with --tokenizer={folder}, or train from scratch")
+    if data.bos_id != tok.bos_id:
+        raise ValueError(f"documents begin with {data.bos_id} in {cfg.data} and with {tok.bos_id} for the model in {folder}: "
+                         "prepare the data with the same --bos_token")
     return model_cfg, tok
 
 

@@ -795,7 +795,8 @@ def test_training_from_a_folder_refuses_other_sizes_other_data_and_a_longer_cont
                        ([f"--data={data}", "--mask_token=<|mask|>", "--d_model=64"], "d_model=64 was asked for, but the model in .* has 32"),
                        ([f"--data={data}", "--mask_token=<|mask|>", "--qkv_bias=true"], "qkv_bias=True was asked for, but .* has False"),
                        ([f"--data={data}", "--mask_token=<|mask|>", "--context=128"], "context=128 is longer than the 96"),
-                       ([f"--data={data_folder}", "--mask_token=<|mask|>"], "was prepared with another tokenizer")):
+                       ([f"--data={data_folder}", "--mask_token=<|mask|>"], "was prepared with another tokenizer"),
+                       ([f"--data={data}", "--mask_token=<|mask|>", "--bos_token=<|bos|>"], "documents begin with None in .*bos_token")):
         with pytest.raises(ValueError, match=said):
             train(*words, *more)
     assert not (tmp_path / "run" / "latest").exists()

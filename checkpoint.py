@@ -382,8 +382,10 @@ def load_weights(folder, model):
                          f"{'missing' if min(wrong) in weights else 'unknown'}")
     for path in sorted(set(where.values())):
         with opened(path) as f:
-            for name in weights.keys() & {n for n, file in where.items() if file == path}:
-                part, p = f.get_slice(name), weights[name]
+            for name, p in weights.items():
+                if where[name] != path:
+                    continue
+                part = f.get_slice(name)
                 if part.get_shape() != list(p.shape):
                     raise ValueError(f"{folder} does not fit its config.json: {name} has shape {part.get_shape()}, "
                                      f"not {list(p.shape)}")

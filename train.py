@@ -140,7 +140,7 @@ def rows_of(rank, size, cfg):
         near = max(1, round(batch_rows / size)) * size * cfg.context
         fewer = max(n for n in range(1, size) if batch_rows % n == 0)
         raise ValueError(f"batch_tokens={cfg.batch_tokens} is {batch_rows} rows of context={cfg.context}, which {size} "
-                         f"processes cannot share evenly; {fewer} processes can, and batch_tokens={near}")
+                         f"processes cannot share evenly; {fewer} can, and batch_tokens={near}")
     return range(rank * batch_rows // size, (rank + 1) * batch_rows // size)
 
 

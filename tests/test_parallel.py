@@ -448,9 +448,9 @@ def test_an_absolute_learning_rate_is_torch_optim_adafactors_over_the_weights_si
 def test_rows_that_cannot_be_dealt_out_name_a_batch_that_can(runs, two, four):
     for result in two["9 rows"]:
         assert result["error"] == ("ValueError: batch_tokens=288 is 9 rows of context=32, which 2 processes cannot share "
-                                   "evenly; 1 processes can, and batch_tokens=256")
+                                   "evenly; 1 can, and batch_tokens=256")
     for result in four["1 row"]:
-        assert "which 4 processes cannot share evenly; 1 processes can, and batch_tokens=128" in result["error"]
+        assert "which 4 processes cannot share evenly; 1 can, and batch_tokens=128" in result["error"]
     assert not (runs / "nine rows").exists() and not (runs / "one row").exists()
 
 

@@ -457,7 +457,7 @@ def test_the_8b_is_planned(capsys, ranks):
      ": --ranks=24 needs "),
     (["--ranks=8", "--shard_ranks=2", "--recompute=full", "--gpu_memory=70"], ": --shard_ranks=0 needs "),
     (["--ranks=64", "--micro_batch=8", "--recompute=full", "--gpu_memory=60"], ": --micro_batch=2 needs "),
-    (["--ranks=7"], "7 processes cannot share evenly; 4 processes can, and batch_tokens=8372224"),
+    (["--ranks=7"], "7 processes cannot share evenly; 4 can, and batch_tokens=8372224"),
     (["--ranks=64", "--shard_ranks=7"], "shard_ranks=7 must divide the number of processes, 64, as 8 does"),
     (["--ranks=64", "--mfu=0"], "mfu=0.0 must be above 0"),
     (["--vocab_size=0", "--data=/nowhere"], "give --vocab_size"),

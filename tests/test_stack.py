@@ -412,7 +412,7 @@ def test_committed_documents_are_kept(tmp_path, tok, corpus):
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, tok):
     for i in range(2):
-        write_lines(tmp_path / f"{i}.jsonl", texts_of(200, i, 20) * 60)
+        write_lines(tmp_path / f"{i}.jsonl", texts_of(200, i, 20) * 400)  # seconds of work, on a busy machine too
     out, words = tmp_path / "out", [f"--source={tmp_path}/*.jsonl", f"--tokenizer={tok}", "--workers=2"]
     process = subprocess.Popen(command(out, *words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)

@@ -186,25 +186,31 @@ def keep_freed_memory():
 
 def describe(cfg, given, folder):
     """What the model will be: (ModelConfig, Tokenizer). folder: of its weights, or None for new ones."""
+    data = Tokenizer(cfg.data)
     if folder is None:
         tok = Tokenizer(cfg.data, cfg.bos_token, cfg.mask_token)
         sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)}
-        return ModelConfig(**sizes | {"vocab_size": cfg.vocab_size or tok.vocab_size}), tok
-    model_cfg, tok, _ = checkpoint.describe(folder, cfg.mask_token, cfg.bos_token, objective="ar")
+        model_cfg = ModelConfig(**sizes | {"vocab_size": cfg.vocab_size or tok.vocab_size})
+    else:
+        model_cfg, tok, _ = checkpoint.describe(folder, cfg.mask_token, cfg.bos_token, objective="ar")
+        check_fits(cfg, given, folder, model_cfg)
+        if not data.hf.get_vocab().items() <= tok.hf.get_vocab().items():  # ours may have a new <mask>
+            raise ValueError(f"{cfg.data} was prepared with another tokenizer than the one in {folder}: prepare it "
+                             f"again with --tokenizer={folder}, or train from scratch")
+    if data.bos_id != tok.bos_id:  # the model would never see how its prompts begin
+        raise ValueError(f"documents begin with {data.bos_id} in {cfg.data} and with {tok.bos_id} for the model: "
+                         "prepare the data with the same --bos_token")
+    return model_cfg, tok
+
+
+def check_fits(cfg, given, folder, model_cfg):
+    """The model of a folder has the sizes that were asked for, and room for the context."""
     for name in given & {f.name for f in fields(ModelConfig)} - {"context"}:
         if getattr(cfg, name) != getattr(model_cfg, name):
             raise ValueError(f"{name}={getattr(cfg, name)} was asked for, but the model in {folder} has "
                              f"{getattr(model_cfg, name)}")
     if cfg.context > model_cfg.context:
         raise ValueError(f"context={cfg.context} is longer than the {model_cfg.context} of the model in {folder}")
-    data = Tokenizer(cfg.data)
-    if not data.hf.get_vocab().items() <= tok.hf.get_vocab().items():  # ours may have a new <mask>
-        raise ValueError(f"{cfg.data} was prepared with another tokenizer than the one in {folder}: prepare it "
-                         f"again with --tokenizer={folder}, or train from scratch")
-    if data.bos_id != tok.bos_id:
-        raise ValueError(f"documents begin with {data.bos_id} in {cfg.data} and with {tok.bos_id} for the model in {folder}: "
-                         "prepare the data with the same --bos_token")
-    return model_cfg, tok
 
 
 def build(cfg, model_cfg, folder):

@@ -292,6 +292,7 @@ def test_a_disk_that_fills_up_while_saving_loses_nothing(data_folder, tmp_path):
     (["--anneal_steps=5"], "anneal_steps=5 needs objective='bidirectional'"),
     (["--init_from=/nowhere"], "no checkpoint in /nowhere"),
     (["--init_from=resume"], "no checkpoint in"),
+    (["--bos_token=<|begin|>"], "documents begin with 0 in"),
     (["--device=cuda"], "device='cuda' is not available"),
 ])
 def test_mistakes_end_in_one_sentence(data_folder, tmp_path, more, says):

@@ -230,7 +230,9 @@ def test_a_mistake_of_the_user_is_one_line_on_stderr():
 SCRIPT = f"""import sys
 sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import dataclass
-from configurator import configure
+from configurator import begin, configure
+
+begin()
 
 @dataclass
 class Config:

@@ -1,0 +1,94 @@
+"""Files that outlive a crash, and files that someone else wrote.
+
+What is written is written aside, synced to the disk and renamed: a kill or a power cut leaves
+either the old file or the new one. What is read may hold anything: it is checked here once, and a
+Mistake names the file.
+
+Not covered: token files (loader.py) and weights (huggingface.py), which are checked there.
+"""
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from configurator import Mistake
+
+
+def read_text(path):
+    """The text of a UTF-8 file. Raises Mistake where it is missing or holds anything else."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Mistake(f"{path} is missing") from error
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict. Raises Mistake where there is none."""
+    try:
+        value = json.loads(read_text(path))
+    except Mistake:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Mistake(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Mistake(f"{path} holds a {type(value).__name__}, not an object of names and values")
+    return value
+
+
+def write_text(path, text):
+    """Replace a file's text, or leave it as it was."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # there only if something went wrong
+    sync(path.parent)
+
+
+def write_json(path, value):
+    """Like write_text. Raises ValueError for NaN and infinity, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def fresh_folder(beside):
+    """A new empty folder next to the path `beside`, to be filled and moved there."""
+    beside = Path(beside)
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{beside.name}.", suffix=".tmp", dir=beside.parent))
+    folder.chmod(0o777 & ~umask())  # mkdtemp makes it private
+    return folder
+
+
+def umask():
+    """The permissions that new files of this process lack. It can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def sync(path):
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name != "posix":  # Windows opens no folders
+        return
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def move_folder(aside, path):
+    """Rename a complete folder, once all of it is on the disk. `path` must not exist."""
+    for folder, _, names in os.walk(aside):
+        for name in names:
+            sync(Path(folder) / name)
+        sync(folder)
+    os.replace(aside, path)
+    sync(Path(path).parent)

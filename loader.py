@@ -1,12 +1,14 @@
-"""From files to batches: windows of T tokens over memory-mapped shards, their documents, their order, prefetch.
+"""From files to batches: windows of T tokens over memory-mapped shards, their order, prefetch.
 
-A folder holds train.bin (token ids) and train.idx (where its documents start), or several shards of them
-(train_000.bin, train_000.idx, …); data/*/prepare.py writes them. A window is T consecutive tokens of one shard;
-what stands in it is known from the offsets alone, never guessed from token values. Which window is row r of step s
-is a function of (seed, s, r), so a resumed run needs no state.
+A folder holds train.bin (token ids) and train.idx (where its documents start), or several shards of
+them (train_000.bin, train_000.idx, …); data/*/prepare.py writes them. A window is T consecutive
+tokens of one shard. Its documents are known from the offsets alone, never guessed from token
+values. Which window is row r of step s is a function of (seed, s, r), so a resumed run needs no
+state.
 
 Not covered: supervised rows with a prompt, infill rows, mixtures of corpora.
 """
+import hashlib
 import json
 import queue
 import threading
@@ -16,144 +18,216 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from configurator import Mistake, shortened
+from files import read_json
+
 DATA_ORDER = 3  # the purpose of this random stream (diffusion.py has the others)
 
 
 @dataclass
 class Batch:
-    """x0: (B, T) int64. doc_start, doc_end: (B, T) int32. maskable: (B, T) bool. epochs: (B,) int64 numpy."""
-    x0: torch.Tensor
-    doc_start: torch.Tensor
-    doc_end: torch.Tensor
-    maskable: torch.Tensor
-    epochs: np.ndarray
+    """B windows of T tokens."""
+    x0: torch.Tensor  # (B, T) int64
+    doc_start: torch.Tensor  # (B, T) int32: where each token's document starts in the window
+    doc_end: torch.Tensor  # (B, T) int32: and where it ends
+    maskable: torch.Tensor  # (B, T) bool: all but the first token of each document
+    epochs: np.ndarray  # (B,) int64: how often the whole split had been read before this row
 
 
 class Windows:
     """All windows of T tokens of one split of a data folder.
 
-    folder: where prepare.py wrote. split: 'train' or 'val'. T: tokens a window.
-    cross_document: a window is one document, as Stable-DiffCoder packs; False: its documents do not see each other.
-    Raises FileNotFoundError or ValueError, in a sentence, for a missing, damaged or too small folder.
+    folder: where prepare.py wrote. split: 'train' or 'val'. T: tokens per window.
+    vocab_size: of the model, at least that of the data.
+    cross_document: a window is one document, as in Stable-DiffCoder's packing. False: documents do
+        not see each other.
+    Raises Mistake for a missing, damaged or too small folder.
     """
 
     def __init__(self, folder, split, T, vocab_size, cross_document=False):
         if T < 2:
-            raise ValueError(f"context={T} must be 2 or more: a window's first token is never predicted")
-        paths = sorted(Path(folder).glob(f"{split}*.bin"))
-        if not paths:
-            raise FileNotFoundError(f"no {split}*.bin in {folder}; `python -m data.stdlib.prepare --out={folder}` "
-                                    "makes a folder of data")
-        dtype = token_dtype(folder, vocab_size)
+            raise Mistake(f"context={T} must be 2 or more: "
+                          "a window's first token is never predicted")
         self.T, self.cross_document = T, cross_document
-        for p in paths:
-            if p.stat().st_size == 0 or p.stat().st_size % np.dtype(dtype).itemsize:
-                raise ValueError(f"{p} is empty or was cut within a token: prepare the data again")
-        self.tokens = [np.memmap(p, dtype, "r") for p in paths]
-        self.offsets = [read_offsets(p.with_suffix(".idx"), tokens) for p, tokens in zip(paths, self.tokens)]
-        self.ends = np.cumsum([len(t) // T for t in self.tokens])  # windows in the shards up to and with each
+        self.tokens, self.offsets = open_shards(folder, split, vocab_size)
+        counts = [len(tokens) // T for tokens in self.tokens]
+        self.ends = np.cumsum(counts)  # (shards,): windows in each shard and all before it
+        self.kept = None, None  # the last permutation: (seed, epoch) and (windows,) int64
         if len(self) == 0:
-            raise ValueError(f"context={T} is longer than every {split} shard of {folder} "
-                             f"(at most {max(map(len, self.tokens)):,} tokens)")
+            longest = max(len(tokens) for tokens in self.tokens)
+            raise Mistake(f"context={T} is longer than every {split} shard of {folder} "
+                          f"(at most {longest:,} tokens)")
 
     def __len__(self):
         return int(self.ends[-1])
 
-    def window(self, w):
-        """Window w: its tokens and the bounds of each token's document in it, all (T,) int64."""
-        shard = int(np.searchsorted(self.ends, w, "right"))
-        start = (w - (self.ends[shard - 1] if shard else 0)) * self.T
+    def window(self, number):
+        """One window: its tokens, and where each token's document starts and ends in it.
+
+        Returns three (T,) int64 arrays. A document that began in the window before starts at 0.
+        """
+        shard = int(np.searchsorted(self.ends, number, "right"))
+        windows_before = 0 if shard == 0 else self.ends[shard - 1]
+        start = (number - windows_before) * self.T
         tokens = self.tokens[shard][start:start + self.T].astype(np.int64)
         if self.cross_document:
             return tokens, np.zeros(self.T, np.int64), np.full(self.T, self.T)
-        offsets, i = self.offsets[shard], np.arange(start, start + self.T)
-        document = np.searchsorted(offsets, i, "right")  # offsets[document - 1] <= i < offsets[document]
-        return (tokens, np.maximum(offsets[document - 1] - start, 0),  # a leading fragment starts with the window
-                np.minimum(offsets[document] - start, self.T))
+        offsets = self.offsets[shard]
+        places = np.arange(start, start + self.T)
+        document = np.searchsorted(offsets, places, "right")
+        # now offsets[document - 1] <= places < offsets[document]
+        doc_start = np.maximum(offsets[document - 1] - start, 0)
+        doc_end = np.minimum(offsets[document] - start, self.T)
+        return tokens, doc_start, doc_end
 
-    def batch(self, chosen, epochs=None):
-        """The windows of these numbers as a Batch. The first token of a document, or of a fragment, is not maskable."""
-        x0, doc_start, doc_end = (np.stack(a) for a in zip(*map(self.window, chosen)))
-        return Batch(torch.from_numpy(x0), torch.from_numpy(doc_start.astype(np.int32)),
-                     torch.from_numpy(doc_end.astype(np.int32)), torch.from_numpy(np.arange(self.T) != doc_start),
-                     np.zeros(len(x0), np.int64) if epochs is None else epochs)
+    def batch(self, numbers, epochs=None):
+        """The windows of these numbers as a Batch. epochs: (B,) int64; None: 0 for each."""
+        windows = [self.window(number) for number in numbers]
+        x0, doc_start, doc_end = (np.stack(arrays) for arrays in zip(*windows))  # (B, T) each
+        if epochs is None:
+            epochs = np.zeros(len(x0), np.int64)
+        maskable = np.arange(self.T) != doc_start  # (B, T)
+        return Batch(x0=torch.from_numpy(x0),
+                     doc_start=torch.from_numpy(doc_start.astype(np.int32)),
+                     doc_end=torch.from_numpy(doc_end.astype(np.int32)),
+                     maskable=torch.from_numpy(maskable),
+                     epochs=epochs)
 
     def at_step(self, seed, step, batch_rows, rows=None):
-        """The batch of a step: every epoch is a permutation of all windows of its own, drawn from (seed, epoch).
+        """The Batch of a training step. Every epoch visits all windows in its own random order.
 
         batch_rows: rows of the global batch. rows: the ones wanted; None: all of them.
         """
-        row = np.arange(batch_rows) if rows is None else np.asarray(rows)
-        epochs, places = np.divmod(step * batch_rows + row, len(self))
-        chosen = [self.order(seed, int(e))[p] for e, p in zip(epochs, places)]
-        return self.batch(chosen, epochs)
+        rows = np.arange(batch_rows) if rows is None else np.asarray(rows)
+        epochs, places = np.divmod(step * batch_rows + rows, len(self))  # (B,) each
+        numbers = [self.order(seed, int(e))[place] for e, place in zip(epochs, places)]
+        return self.batch(numbers, epochs)
 
     def order(self, seed, epoch):
-        """The permutation of an epoch, kept until another is asked for."""
-        if getattr(self, "kept", (None,))[0] != (seed, epoch):
-            draw = np.random.Generator(np.random.Philox(key=[seed, DATA_ORDER], counter=[0, 0, 0, epoch]))
+        """The order of an epoch, (windows,) int64. The last one asked for is kept."""
+        if self.kept[0] != (seed, epoch):
+            key = np.array([seed, DATA_ORDER], np.uint64)  # a list would round seeds from 2^63 on
+            draw = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch]))
             self.kept = (seed, epoch), draw.permutation(len(self))
         return self.kept[1]
 
     def spread(self, count):
-        """The numbers of `count` windows spread evenly over the split, fewer if there are fewer: for evaluation."""
+        """The numbers of `count` windows, or all if there are fewer, spread evenly over the split.
+
+        For evaluation.
+        """
         return np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+
+
+# --- the files of a folder ------------------------------------------------------------------------
+
+def open_shards(folder, split, vocab_size):
+    """The shards of a split, checked: a list of their tokens and a list of their offsets.
+
+    tokens: (n,) uint16 or uint32, memory-mapped. offsets: (documents + 1,) int64.
+    """
+    paths = sorted(Path(folder).glob(f"{split}*.bin"))
+    if not paths:
+        raise Mistake(f"no {split}*.bin in {folder}; "
+                      f"`python -m data.stdlib.prepare --out={folder}` makes a folder of data")
+    dtype = token_dtype(folder, vocab_size)
+    all_tokens, all_offsets = [], []
+    for path in paths:
+        size = path.stat().st_size
+        if size == 0 or size % np.dtype(dtype).itemsize:
+            raise Mistake(f"{path} is empty or was cut within a token: prepare the data again")
+        tokens = np.memmap(path, dtype, "r")
+        all_tokens.append(tokens)
+        all_offsets.append(read_offsets(path.with_suffix(".idx"), tokens))
+    return all_tokens, all_offsets
 
 
 def token_dtype(folder, vocab_size):
     """uint16 or uint32, as prepare.py chose by its vocabulary, which must be within the model's."""
-    meta = Path(folder) / "meta.json"
-    if not meta.is_file():
-        raise FileNotFoundError(f"no meta.json in {folder}: its preparation did not finish; run it again")
-    try:
-        prepared = json.loads(meta.read_text())["vocab_size"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{meta} is damaged ({error!r}): prepare the data again") from error
-    if prepared > vocab_size:  # a model may have a <mask> that the data has not
-        raise ValueError(f"{folder} was prepared with a vocabulary of {prepared}, the model has one of {vocab_size}")
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        raise Mistake(f"no meta.json in {folder}: its preparation did not finish; run it again")
+    prepared = read_json(path).get("vocab_size")
+    if type(prepared) is not int or not 1 <= prepared <= 2**31:
+        raise Mistake(f"{path} is damaged: its vocab_size is {shortened(prepared)}, not an int "
+                      "from 1 to 2^31; prepare the data again")
+    if prepared > vocab_size:  # a smaller one is fine: a model may have added a <mask>
+        raise Mistake(f"{folder} was prepared with a vocabulary of {prepared}, "
+                      f"the model has one of {vocab_size}")
     return np.uint16 if prepared <= 2**16 else np.uint32
 
 
 def read_offsets(path, tokens):
-    """(documents + 1,) int64, checked against the shard it belongs to."""
+    """(documents + 1,) int64, checked against the shard that it belongs to."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path} beside its .bin; prepare the data again")
+        raise Mistake(f"no {path} beside its .bin; prepare the data again")
     offsets = np.fromfile(path, np.int64)
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) <= 0).any():
-        raise ValueError(f"{path} does not fit its .bin of {len(tokens):,} tokens: one was cut short; "
-                         "delete both and prepare the data again")
+    fits = len(offsets) >= 2 and offsets[0] == 0 and offsets[-1] == len(tokens)
+    if not fits or (np.diff(offsets) <= 0).any():
+        raise Mistake(f"{path} does not fit its .bin of {len(tokens):,} tokens: one was cut short; "
+                      "delete both and prepare the data again")
     return offsets
 
 
-def prefetch(make, first, last, ahead=2):
-    """make(step) for first <= step < last, computed by a thread that stays `ahead` steps before the consumer.
+END_BYTES = 4096  # of a .bin that a fingerprint reads at its beginning and at its end
 
-    An exception in `make` is raised here, in its place. Leaving the loop early ends the thread.
+
+def fingerprint(folder):
+    """A short digest of what a prepared folder holds, the same wherever the folder lies.
+
+    It covers the names and sizes of the shards, their offsets, the beginning and end of their
+    tokens, the tokenizer, and meta.json except for the folders that it names. It does not read all
+    tokens, so it takes seconds even for a large corpus. Returns 16 hexadecimal digits.
     """
-    ready, stop = queue.Queue(ahead), threading.Event()
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    meta = read_json(folder / "meta.json")
+    for key in ("out", "source", "tokenizer"):  # names of folders
+        meta.pop(key, None)
+    digest.update(json.dumps(meta, sort_keys=True).encode())
+    paths = [*folder.glob("*.bin"), *folder.glob("*.idx"), *folder.glob("tokenizer*.json")]
+    for path in sorted(paths):
+        size = path.stat().st_size
+        digest.update(f"\n{path.name} {size}\n".encode("utf-8", "surrogateescape"))
+        with open(path, "rb") as file:
+            if path.suffix == ".bin":
+                digest.update(file.read(END_BYTES))
+                file.seek(max(0, size - END_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+# --- ahead of time --------------------------------------------------------------------------------
+
+def prefetch(make, start, end, ahead=2):
+    """make(step) for start <= step < end, computed by a thread up to `ahead` steps in advance.
+
+    An exception in `make` is raised here, at its step. Leaving the loop early ends the thread.
+    """
+    ready, stopped = queue.Queue(ahead), threading.Event()
 
     def put(item):
-        while not stop.is_set():
+        while not stopped.is_set():
             try:
                 return ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
     def work():
-        for step in range(first, last):
+        for step in range(start, end):
             try:
                 put((make(step), None))
             except BaseException as error:
                 return put((None, error))
-            if stop.is_set():
+            if stopped.is_set():
                 return
 
     threading.Thread(target=work, daemon=True).start()
     try:
-        for _ in range(first, last):
+        for _ in range(start, end):
             item, error = ready.get()
             if error is not None:
                 raise error
             yield item
     finally:
-        stop.set()
+        stopped.set()

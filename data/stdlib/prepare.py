@@ -1,19 +1,24 @@
 """A corpus of real code that is on every machine: the source of the Python that runs this.
 
-    python -m data.stdlib.prepare                                        # the standard library, about 12 MB
-    python -m data.stdlib.prepare --source=/path/to/code --out=data/mine # any other tree of code
-    python -m data.stdlib.prepare --source=/path/to/code --out=data/more --tokenizer=out/toy/step_0000300  # same ids
+    python -m data.stdlib.prepare                                   # about 12 MB
+    python -m data.stdlib.prepare --source=FOLDER --out=data/mine   # any other tree of code
+    python -m data.stdlib.prepare --source=FOLDER --out=data/more --tokenizer=out/toy  # same ids
 
-Writes train.bin and val.bin (token ids, uint16 or uint32), train.idx and val.idx (where each document starts, and
-the end: int64), the tokenizer's files and meta.json. A document is <bos> if the tokenizer has one, a file's tokens,
-<eos>. A file goes to train or val by a hash of its path, so the split is the same every time. Run again with nothing
-changed, it does nothing.
+Writes train.bin and val.bin (token ids, uint16 or uint32), train.idx and val.idx (where each
+document starts, and the end: int64), the tokenizer's files and meta.json. A document is <bos> if
+the tokenizer has one, a file's tokens, <eos>. A file goes to train or val by a hash of its path, so
+the split is the same every time. If nothing has changed since the last run, it does nothing.
 
 Not covered: corpora that do not fit in memory, near-duplicates, licences.
 """
+if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints no traceback
+    from configurator import begin
+    begin()
+
 import hashlib
 import json
 import os
+import re
 import sysconfig
 import tempfile
 from dataclasses import asdict, dataclass
@@ -21,27 +26,34 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import configure
+from configurator import Float, Int, Mistake, Name, configure
+from files import read_json, sync, write_text
 from tokenizer import SPLIT, Tokenizer, train_tokenizer
 
 
 @dataclass
 class Config:
     source: str = ""  # folder of code to read; empty: the standard library of this Python
-    out: str = "data/stdlib"  # folder to write to
+    out: Name = "data/stdlib"  # folder to write to
     suffix: str = ".py"  # which files to take, by the end of their names
-    vocab_size: int = 4096  # ids in all: 4 special tokens, 256 bytes, the rest merges
-    tokenizer: str = ""  # folder of a tokenizer to use; empty: train one
-    val_percent: float = 5.0  # share of the files held out for validation, in percent
+    vocab_size: Int(260, 2**20) = 4096  # ids in all: 4 special tokens, 256 bytes, the rest merges
+    tokenizer: str = ""  # whose to use: a folder, a run or a model on the Hub; empty: train one
+    val_percent: Float(1e-6, 99.9) = 5.0  # share of the files held out for validation, in percent
 
 
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+PRODUCTS = ("train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.json",
+            "tokenizer_config.json")
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages",
+                   "__pycache__"}
 
+
+# --- the files of the corpus ----------------------------------------------------------------------
 
 def read_files(source, suffix):
-    """[(relative path, text)] of the UTF-8 files under `source`, sorted by path, exact duplicates dropped."""
-    found, seen = [], set()
-    for path in sorted(source.rglob("*" + suffix)):
+    """[(relative path, text)] of the UTF-8 files under `source`, sorted, without duplicates."""
+    files, seen = [], set()
+    paths = [path for path in source.rglob("*") if path.name.endswith(suffix)]
+    for path in sorted(paths):
         relative = path.relative_to(source)
         if SKIPPED_FOLDERS & set(relative.parts) or not path.is_file():
             continue
@@ -50,78 +62,142 @@ def read_files(source, suffix):
         if not content or digest in seen:
             continue
         try:
-            found.append((relative.as_posix(), content.decode("utf-8")))
+            files.append((relative.as_posix(), content.decode("utf-8")))
         except UnicodeDecodeError:  # a few files are in other encodings on purpose
             continue
         seen.add(digest)
-    return found
+    return files
 
 
 def is_val(path, percent):
-    """Whether the file at this relative path is held out: its hash, as a number in [0, 1), decides."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64 < percent / 100
+    """Whether the file at this relative path is held out: its hash, a number in [0, 1), decides."""
+    name = path.encode("utf-8", "surrogateescape")  # the bytes of names that are not UTF-8
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "big") / 2**64 < percent / 100
 
 
-def write_aside(path, write):
-    """Let `write(file)` fill a temporary file, then rename it to `path`: there is never half a file."""
+def split_files(files, percent):
+    """{"train": texts, "val": texts}, each a list of str."""
+    splits = {"train": [], "val": []}
+    for path, text in files:
+        splits["val" if is_val(path, percent) else "train"].append(text)
+    return splits
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+def find_tokenizer(name):
+    """The folder with the tokenizer that `name` means. Raises Mistake where there is none.
+
+    name: a folder, its tokenizer.json, a run such as out/toy, or a model on the Hub.
+    """
+    from checkpoint import TOKENIZER_FILES, fetch, find  # only here: they need torch
+    folder = fetch(name, TOKENIZER_FILES)
+    if folder.name == "tokenizer.json":
+        folder = folder.parent
+    if (folder / "latest").is_file():
+        folder = find(folder)  # a run's newest checkpoint
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise Mistake(f"--tokenizer={name} has no tokenizer: {folder / 'tokenizer.json'} is "
+                      "missing; name a folder that has one, such as out/toy after `bash demo.sh`")
+    return folder
+
+
+def open_tokenizer(folder, bos_token=""):
+    return Tokenizer(folder, bos_token)
+
+
+def shorten_blanks(text):
+    """A text without long runs of white space: training takes quadratic time in their length."""
+    return re.sub(r"(\s{1000})\s+", r"\1", text)
+
+
+def train_alone(texts, vocab_size):
+    """A tokenizer trained on these texts, free of any names in files left by another tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        tok = train_tokenizer(map(shorten_blanks, texts), vocab_size)
+        tok.save(f"{folder}/tokenizer.json")
+        return open_tokenizer(folder)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+def write_array(path, array):
+    """Write an array's bytes aside, sync them, rename: there is never half a file."""
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "wb") as f:
-        write(f)
-    os.replace(aside, path)
+    try:
+        with open(aside, "wb") as file:
+            array.tofile(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # there only if something went wrong
+    sync(path.parent)
 
 
 def write_split(out, split, texts, tok):
-    """<split>.bin and <split>.idx of these texts. Returns what meta.json records of them."""
+    """Write <split>.bin and <split>.idx of these texts. Returns what meta.json records of them."""
     bos = [] if tok.bos_id is None else [tok.bos_id]
     documents = [[*bos, *ids, tok.eos_id] for ids in tok.encode_batch(texts)]
     dtype = np.uint16 if tok.vocab_size <= 2**16 else np.uint32
     tokens = np.concatenate([np.array(d, dtype) for d in documents])
-    offsets = np.cumsum([0] + [len(d) for d in documents], dtype=np.int64)
-    write_aside(out / f"{split}.bin", tokens.tofile)
-    write_aside(out / f"{split}.idx", offsets.tofile)
-    return {"files": len(texts), "bytes": sum(len(t.encode()) for t in texts), "tokens": len(tokens)}
+    offsets = np.cumsum([0] + [len(d) for d in documents], dtype=np.int64)  # (documents + 1,)
+    write_array(out / f"{split}.bin", tokens)
+    write_array(out / f"{split}.idx", offsets)
+    size = sum(len(text.encode()) for text in texts)
+    return {"files": len(texts), "bytes": size, "tokens": len(tokens)}
 
 
-def main():
-    cfg, _ = configure(Config)
+def is_unchanged(out, fingerprint):
+    """Whether `out` holds all that a run with this fingerprint writes."""
+    try:
+        meta = read_json(out / "meta.json")
+    except Mistake:  # missing or damaged: everything is made again
+        return False
+    complete = all((out / name).is_file() for name in PRODUCTS)
+    return complete and meta.get("fingerprint") == fingerprint
+
+
+def main(argv=None):
+    cfg, _ = configure(Config, argv)
     source = Path(cfg.source or sysconfig.get_paths()["stdlib"])
     out = Path(cfg.out)
     if not source.is_dir():
-        raise ValueError(f"source={str(source)!r} is not a folder")
-    if not 0 < cfg.val_percent < 100:
-        raise ValueError(f"val_percent={cfg.val_percent} must be between 0 and 100")
+        raise Mistake(f"source={str(source)!r} is not a folder")
 
     files = read_files(source, cfg.suffix)
-    fingerprint = hashlib.sha256(repr((files, cfg.suffix, cfg.vocab_size, cfg.val_percent, cfg.tokenizer, SPLIT)).encode()).hexdigest()
-    meta_path = out / "meta.json"
-    products = [out / f for f in ("train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.json", "tokenizer_config.json")]
-    if meta_path.is_file() and json.loads(meta_path.read_text()).get("fingerprint") == fingerprint:
-        if all(p.is_file() for p in products):
-            return print(f"{out}: nothing to do, {len(files)} files unchanged")
+    depends_on = (files, cfg.suffix, cfg.vocab_size, cfg.val_percent, cfg.tokenizer, SPLIT)
+    fingerprint = hashlib.sha256(repr(depends_on).encode()).hexdigest()
+    if is_unchanged(out, fingerprint):
+        print(f"{out}: nothing to do, {len(files)} files unchanged")
+        return
 
-    splits = {"train": [t for p, t in files if not is_val(p, cfg.val_percent)],
-              "val": [t for p, t in files if is_val(p, cfg.val_percent)]}
+    splits = split_files(files, cfg.val_percent)
     if not splits["train"] or not splits["val"]:
-        raise ValueError(f"{source} has {len(splits['train'])} {cfg.suffix} files for training and {len(splits['val'])} "
-                         "for validation after filtering; both need one or more")
+        raise Mistake(f"{source} has {len(splits['train'])} {cfg.suffix} files for training and "
+                      f"{len(splits['val'])} for validation after filtering; both need at least "
+                      "one")
     out.mkdir(parents=True, exist_ok=True)
     if cfg.tokenizer:
-        tok = Tokenizer(cfg.tokenizer)
+        tok = open_tokenizer(find_tokenizer(cfg.tokenizer))
     else:
-        print(f"{out}: training a tokenizer of {cfg.vocab_size} ids on {len(splits['train'])} files of {source}")
-        with tempfile.TemporaryDirectory() as alone:  # not `out`, where another tokenizer's names may be from before
-            train_tokenizer(splits["train"], cfg.vocab_size).save(f"{alone}/tokenizer.json")
-            tok = Tokenizer(alone)
+        print(f"{out}: training a tokenizer of {cfg.vocab_size} ids "
+              f"on {len(splits['train'])} files of {source}")
+        tok = train_alone(splits["train"], cfg.vocab_size)
     if tok.eos_id is None:
-        raise ValueError(f"the tokenizer in {cfg.tokenizer} has no eos_token, which ends a document")
-    meta_path.unlink(missing_ok=True)  # interrupted from here on, the folder counts as unfinished
+        raise Mistake(f"the tokenizer in {cfg.tokenizer} has no eos_token, which ends a document")
+
+    (out / "meta.json").unlink(missing_ok=True)  # from here on an interrupted run is unfinished
     tok.save(out)
-    meta = {name: write_split(out, name, texts, tok) for name, texts in splits.items()}
-    for name, m in meta.items():
-        print(f"{out}: {name} {m['files']} files, {m['bytes']:,} bytes, {m['tokens']:,} tokens")
-    meta |= {**asdict(cfg), "source": str(source), "vocab_size": tok.vocab_size, "fingerprint": fingerprint,
-             "val_paths": [p for p, _ in files if is_val(p, cfg.val_percent)]}
-    write_aside(meta_path, lambda f: f.write(json.dumps(meta, indent=1).encode()))
+    meta = {split: write_split(out, split, texts, tok) for split, texts in splits.items()}
+    for split, counts in meta.items():
+        print(f"{out}: {split} {counts['files']} files, {counts['bytes']:,} bytes, "
+              f"{counts['tokens']:,} tokens")
+    val_paths = [path for path, _ in files if is_val(path, cfg.val_percent)]
+    meta |= asdict(cfg)
+    meta |= {"source": str(source), "vocab_size": tok.vocab_size, "fingerprint": fingerprint,
+             "val_paths": val_paths}
+    write_text(out / "meta.json", json.dumps(meta, indent=1))  # ASCII: names need not be UTF-8
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -69,7 +70,7 @@ class Run:
             return None
         self.take_lock()
         names = [p.name for p in self.folder.iterdir()]
-        if "latest" in names or any(checkpoint.is_step(name) for name in names):
+        if "latest" in names or any(re.fullmatch(r"step_[0-9]+", name) for name in names):
             return str(huggingface.find(self.folder))
         return None
 

@@ -22,7 +22,7 @@ from math import comb
 import numpy as np
 import torch
 
-from attention_kernel import Spans
+from spans import Spans
 
 NOISE, ROW_ORDER = 1, 2  # what a stream of draws is for: streams of different purposes never overlap
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 import checkpoint
-from attention_kernel import Spans
+from spans import Spans
 from configurator import configure
 from diffusion import read_at, spans_for
 from model import KVCache
@@ -72,7 +72,7 @@ class Decoding:
         first = self.cache.length if self.cache else 0
         end = a if self.recipe.shift and self.K == 1 else b  # autoregressive: nobody reads the masked token itself
         start = torch.zeros(len(self.text), end - first, dtype=torch.int32, device=self.text.device)
-        spans = Spans.of(start, start + self.text.shape[1], self.K, first=first)
+        spans = Spans.of(start, start + self.text.shape[1], self.K, offset=first)
         h = self.model(self.text[:, first:end], spans, self.cache)
         if self.cache:
             self.cache.length = a  # the block itself is still changing: the next forward overwrites it

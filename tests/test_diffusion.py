@@ -17,7 +17,7 @@ import diffusion
 import model
 from diffusion import (NOISE, Noised, Recipe, corrupt, draw_t, every_mask, nelbo, spans_for, stream, token_losses, u_max,
                        weighted_loss)
-from test_attention_kernel import ATTENTION_OF, block_of, packed, packings, who_sees
+from reference import ATTENTION_OF, block_of, packed, packings, who_sees
 
 torch.set_num_threads(1)
 VOCAB, MASK, PAD = 12, 11, 10

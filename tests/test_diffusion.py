@@ -30,7 +30,7 @@ from diffusion import (
     u_max,
     weighted_loss,
 )
-from test_attention_kernel import ATTENTION_OF, block_of, packed, packings, who_sees
+from reference import ATTENTION_OF, block_of, packed, packings, who_sees
 
 torch.set_num_threads(1)
 VOCAB, MASK, PAD = 12, 11, 10

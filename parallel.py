@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import attention_kernel  # noqa: F401, defines torch.ops.nanodiffcoder.attention
@@ -124,6 +124,42 @@ def shard(model, mesh, dtype, reshard=True):
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
+
+
+# --- what one process of several has -------------------------------------------------------------
+
+def rank_and_size():
+    """This process's number and how many there are."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def wait_for_all():
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gathered(p):
+    """The whole of a sharded tensor, on every process."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def my_rows(p):
+    """A weight as this process holds it: (tensor, slice), its rows and which of the whole they are.
+
+    FSDP splits dimension 0 into equal chunks, the last ones short or empty; a weight that is not
+    sharded is whole.
+    """
+    if not isinstance(p, DTensor):
+        return p, slice(0, p.shape[0])
+    is_split = [isinstance(placement, Shard) for placement in p.placements]
+    split = is_split.index(True)
+    chunk = -(-p.shape[0] // p.device_mesh.size(split))
+    first = min(p.device_mesh.get_local_rank(split) * chunk, p.shape[0])
+    mine = p.to_local()
+    return mine, slice(first, first + mine.shape[0])
 
 
 # --- memory for time: activation checkpointing --------------------------------------------------------------------

@@ -38,10 +38,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+import huggingface
 import model
 from diffusion import Recipe, spans_for
-from tokenizer import Tokenizer
+from huggingface import load_tokenizer
 
 # dense bfloat16 peak of a device, in TFLOP/s, by a part of its name (the makers' data sheets, without sparsity)
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362}
@@ -251,13 +251,13 @@ def sizes(cfg):
     """The run's ModelConfig: from the folder that it starts from, where that is here, or from the settings."""
     folder = {"scratch": None, "resume": cfg.out}.get(cfg.init_from, cfg.init_from)
     if folder and Path(folder).is_dir():
-        return checkpoint.describe(checkpoint.find(folder), cfg.mask_token, cfg.bos_token, objective="ar")[0]
+        return huggingface.read_description(huggingface.find(folder), cfg.mask_token, cfg.bos_token, objective="ar")[0]
     if folder:
         print(f"{folder} is not here: planned with the sizes that the settings give")
     names = {f.name: getattr(cfg, f.name) for f in fields(model.ModelConfig)}
     if not cfg.vocab_size:
         try:
-            names["vocab_size"] = Tokenizer(cfg.data, cfg.bos_token, cfg.mask_token).vocab_size
+            names["vocab_size"] = load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token).vocab_size
         except FileNotFoundError as error:
             raise ValueError(f"vocab_size=0 is the tokenizer's in {cfg.data}, and there is none; give --vocab_size") from error
     return model.ModelConfig(**names)

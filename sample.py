@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-import checkpoint
+import huggingface
 from attention_kernel import Spans
 from configurator import configure
 from diffusion import read_at, spans_for
@@ -163,8 +163,8 @@ def main():
     fast_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = getattr(torch, cfg.dtype) if cfg.dtype != "auto" else torch.bfloat16 if fast_bf16 else torch.float32
 
-    folder = checkpoint.find(cfg.init_from or checkpoint.newest_run())
-    model, tok, recipe = checkpoint.load(folder, device, dtype, cfg.mask_token, objective=cfg.objective, shift=cfg.shift,
+    folder = huggingface.find(cfg.init_from or huggingface.newest_run())
+    model, tok, recipe = huggingface.load(folder, device, dtype, cfg.mask_token, objective=cfg.objective, shift=cfg.shift,
                                          block_size=cfg.block_size)
     if cfg.chat:
         prompt = tok.chat([{"role": "user", "content": cfg.prompt}])

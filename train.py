@@ -24,14 +24,15 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import huggingface
 import parallel
 import plan
 from attention_kernel import say_if_tiled, why_tiled
 from configurator import configure
 from diffusion import Recipe, corrupt, largest_block, nelbo, spans_for, u_max, weighted_loss
+from huggingface import load_tokenizer
 from loader import Windows, prefetch
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer
 
 
 @dataclass
@@ -186,13 +187,13 @@ def keep_freed_memory():
 
 def describe(cfg, given, folder):
     """What the model will be: (ModelConfig, Tokenizer). folder: of its weights, or None for new ones."""
-    data = Tokenizer(cfg.data)
+    data = load_tokenizer(cfg.data)
     if folder is None:
-        tok = Tokenizer(cfg.data, cfg.bos_token, cfg.mask_token)
+        tok = load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token)
         sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)}
         model_cfg = ModelConfig(**sizes | {"vocab_size": cfg.vocab_size or tok.vocab_size})
     else:
-        model_cfg, tok, _ = checkpoint.describe(folder, cfg.mask_token, cfg.bos_token, objective="ar")
+        model_cfg, tok, _ = huggingface.read_description(folder, cfg.mask_token, cfg.bos_token, objective="ar")
         check_fits(cfg, given, folder, model_cfg)
         if not data.hf.get_vocab().items() <= tok.hf.get_vocab().items():  # ours may have a new <mask>
             raise ValueError(f"{cfg.data} was prepared with another tokenizer than the one in {folder}: prepare it "
@@ -231,7 +232,7 @@ def build(cfg, model_cfg, folder):
         torch.manual_seed(cfg.seed)
         model.init_weights()
     else:
-        checkpoint.load_weights(folder, model)
+        huggingface.load_weights(folder, model, parallel.my_rows)
     return model
 
 
@@ -286,9 +287,9 @@ begun = world.first((out / "latest").read_text().strip() if (out / "latest").exi
 resuming = cfg.init_from == "resume" or bool(begun and (cfg.resume or restarts))
 if begun and not resuming:
     raise ValueError(f"{out} already holds a run ({begun}); --resume=true continues it, --out=FOLDER starts another")
-folder = (out / begun if resuming and begun else checkpoint.find(out) if resuming else
-          None if cfg.init_from == "scratch" else checkpoint.find(cfg.init_from))
-saved = checkpoint.read_json(folder / "state" / "train.json") if resuming else None
+folder = (out / begun if resuming and begun else huggingface.find(out) if resuming else
+          None if cfg.init_from == "scratch" else huggingface.find(cfg.init_from))
+saved = huggingface.read_json(folder / "state" / "train.json") if resuming else None
 if resuming:
     check_resumed(cfg, saved["config"])
 machine = pick_machine(cfg, saved and saved["machine"])
@@ -391,7 +392,7 @@ with tqdm(total=cfg.max_steps, initial=start, unit="step", mininterval=0.5, dyna
                 part = weighted_loss(model, batch.rows(a, a + cfg.micro_batch, world.device), recipe, step) / scored
             (part * world.size).backward()  # FSDP takes the mean over the processes, the loss is their sum
             loss += part.detach()
-        grad_norm = checkpoint.gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)).item()
+        grad_norm = parallel.gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)).item()
         loss, = world.sum(loss.item())
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise ValueError(f"step {step} went wrong: loss {loss}, gradient norm {grad_norm}, learning rate "

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure
-from tokenizer import SPLIT, Tokenizer, train_tokenizer
+from huggingface import load_tokenizer
+from tokenizer import SPLIT, train_tokenizer
 
 
 @dataclass
@@ -106,12 +107,12 @@ def main():
                          "for validation after filtering; both need one or more")
     out.mkdir(parents=True, exist_ok=True)
     if cfg.tokenizer:
-        tok = Tokenizer(cfg.tokenizer)
+        tok = load_tokenizer(cfg.tokenizer)
     else:
         print(f"{out}: training a tokenizer of {cfg.vocab_size} ids on {len(splits['train'])} files of {source}")
         with tempfile.TemporaryDirectory() as alone:  # not `out`, where another tokenizer's names may be from before
             train_tokenizer(splits["train"], cfg.vocab_size).save(f"{alone}/tokenizer.json")
-            tok = Tokenizer(alone)
+            tok = load_tokenizer(alone)
     if tok.eos_id is None:
         raise ValueError(f"the tokenizer in {cfg.tokenizer} has no eos_token, which ends a document")
     meta_path.unlink(missing_ok=True)  # interrupted from here on, the folder counts as unfinished

@@ -154,10 +154,11 @@ class Run:
                           f"{checkpoint.last_good(self.folder)}") from error
         self.track(finite)
 
-    def evaluate(self, step, score):
+    def evaluate(self, step, model, score):
         """Score the held-out windows, show and log it. score: a call of diffusion.evaluate."""
         began = time.time()
-        scores = score()
+        scores = score(model)
+        parallel.free_gathered(model, self.world)
         values = {f"val_{name}": value for name, value in scores.items()}
         self.log({"step": step, **values, "seconds": time.time() - began})
         if self.world.rank == 0:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import checkpoint
 import model as model_file
-from spans import Spans
 from model import KVCache, ModelConfig, Transformer, rope_angles, rotate
+from spans import Spans
 from tokenizer import Tokenizer, train_tokenizer
 
 transformers.logging.set_verbosity_error()

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -29,7 +30,6 @@ import configurator
 import diffusion
 import parallel
 import plan
-from conftest import ROOT
 from model import ModelConfig, Transformer
 
 

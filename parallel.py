@@ -36,7 +36,6 @@ from attention_kernel import why_tiled
 from configurator import Mistake
 from model import Transformer
 
-
 # --- the processes -------------------------------------------------------------------------------
 
 @dataclass

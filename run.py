@@ -15,6 +15,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -69,7 +70,7 @@ class Run:
             return None
         self.take_lock()
         names = [p.name for p in self.folder.iterdir()]
-        if "latest" in names or any(checkpoint.is_step(name) for name in names):
+        if "latest" in names or any(re.fullmatch(r"step_[0-9]+", name) for name in names):
             return str(huggingface.find(self.folder))
         return None
 
@@ -153,10 +154,11 @@ class Run:
                           f"{checkpoint.last_good(self.folder)}") from error
         self.track(finite)
 
-    def evaluate(self, step, score):
+    def evaluate(self, step, model, score):
         """Score the held-out windows, show and log it. score: a call of diffusion.evaluate."""
         began = time.time()
-        scores = score()
+        scores = score(model)
+        parallel.free_gathered(model, self.world)
         values = {f"val_{name}": value for name, value in scores.items()}
         self.log({"step": step, **values, "seconds": time.time() - began})
         if self.world.rank == 0:

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 
 import huggingface
-from configurator import Float, Int, Mistake, Name, Seed, configure
+from configurator import Float, Int, Mistake, Seed, configure
 from diffusion import read_at, spans_for
 from model import KVCache, fast_dtype, pick_device
 from spans import Spans
@@ -215,10 +215,10 @@ def main(argv=None):
     dtype = cfg.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else fast_dtype(device)
-    folder = huggingface.find(cfg.init_from or huggingface.newest_run())
-    model, tok, recipe = huggingface.load(
-        folder, device, getattr(torch, dtype), cfg.mask_token, objective=cfg.objective,
-        shift=cfg.shift, block_size=cfg.block_size)
+    name = cfg.init_from or huggingface.newest_run()
+    asked = {"objective": cfg.objective, "shift": cfg.shift, "block_size": cfg.block_size}
+    weights = getattr(torch, dtype)
+    model, tok, recipe = huggingface.load(name, device, weights, cfg.mask_token, **asked)
     prompt = prompt_ids(cfg, tok, model)
     cfg.max_new_tokens = min(cfg.max_new_tokens, model.cfg.context - len(prompt))
     block = recipe.decoding_block or cfg.max_new_tokens
@@ -241,7 +241,7 @@ def main(argv=None):
     if how == "block":
         how = f"block, K = {recipe.block_size}"
     shift = "shift" if recipe.shift else "no shift"
-    print(f"--- {folder}: {how}, {shift}, mask {tok.mask_id}, {dtype} on {device}")
+    print(f"--- {tok.folder}: {how}, {shift}, mask {tok.mask_id}, {dtype} on {device}")
     for i, ids in enumerate(rows):
         print(f"--- sample {i + 1} of {cfg.samples}")
         print(("" if cfg.chat else cfg.prompt) + tok.decode(ids))

@@ -1,299 +1,463 @@
 """Text to token ids and back; special tokens; chat templates; training a byte-level BPE.
 
-Reads the tokenizer of a Hugging Face folder and writes it back as one: tokenizer.json, the special tokens' names in
-tokenizer_config.json, the chat template. Where it is a byte-level BPE cut as ours and its ids are in merge order,
-`tiktoken` encodes, which is several times faster and gives the same ids; otherwise Hugging Face's `tokenizers` does.
+A `Tokenizer` is made of texts: tokenizer.json, what tokenizer_config.json says, a chat template.
+Where they lie in a folder is the concern of huggingface.py, whose `load_tokenizer` reads them.
+A byte-level BPE that cuts text as ours does, with ids in merge order, encodes with `tiktoken`:
+several times faster, with the same ids. Any other encodes with Hugging Face's `tokenizers`.
 
-Not covered: chats with tools, `{% generation %}` in templates, and tokenizers that are not byte-level for anything but
-encoding and decoding.
+Not covered: chats with tools, `{% generation %}` in templates, and tokenizers that are not
+byte-level for anything but encoding and decoding.
 """
+import inspect
 import json
 import os
-from datetime import datetime
-from functools import cache, partial
+import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from configurator import Mistake, shortened
+from files import write_json, write_text
 
 SPECIALS = ("<bos>", "<eos>", "<mask>", "<pad>")
-KEYS = ("bos_token", "eos_token", "pad_token", "mask_token")  # theirs in tokenizer_config.json, in transformers' order
+KEYS = ("bos_token", "eos_token", "pad_token", "mask_token")  # of tokenizer_config.json
+MAX_IDS = 2**24  # ids in a vocabulary: the largest published ones have about 2^18
 
-# How text is cut before BPE, in classes spelled out so that every regex engine reads them alike: \w, \s and \p{L}
-# follow the Unicode version an engine was built with. A "letter" is A-Z, a-z, _ and all beyond ASCII.
+# How text is cut before BPE, in classes spelled out so that every regex engine reads them alike:
+# \w, \s and \p{L} follow the Unicode version an engine was built with. A "letter" is A-Z, a-z, _
+# and everything beyond ASCII.
 LETTER = r"[^\x00-@\[-\^`\{-\x7f]"
 SPACE = r"[ \t\n\r\x0b\x0c]"
 SPLIT = "|".join([
     rf" ?{LETTER}+",                                 # a word, with the space before it
-    r"[0-9]{1,3}",                                   # digits by threes, as in Llama 3 and Seed-Coder
-    r" ?[\x00-\x08\x0e-\x1f!-/:-@\[-\^`\{-\x7f]+[\r\n]*",  # punctuation, with the line end after it
+    r"[0-9]{1,3}",                                   # digits by threes: Llama 3 and Seed-Coder
+    r" ?[\x00-\x08\x0e-\x1f!-/:-@\[-\^`\{-\x7f]+[\r\n]*",  # punctuation and the line's end
     rf"{SPACE}*[\r\n]+",                             # blank lines
-    rf"{SPACE}+(?![^ \t\n\r\x0b\x0c])",              # trailing space; indentation up to the word's own space
+    rf"{SPACE}+(?![^ \t\n\r\x0b\x0c])",              # indentation up to the word's own space
     rf"{SPACE}+",
 ])
-# How Qwen2 and its descendants cut text, for their folders that have no tokenizer.json to say so.
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-              r"|\s+(?!\S)|\s+")
+# At a million spaces in a row tiktoken's regex engine gives up and panics, `tokenizers` does not.
+MAX_SPACES = 100_000
 
 
 def cut_at(regex):
     """The pre-tokenizer that cuts at a regex and writes the pieces' bytes as characters."""
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), behavior="isolated"),
-                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    split = pre_tokenizers.Split(Regex(regex), behavior="isolated")
+    return pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def train_tokenizer(texts, vocab_size):
-    """A byte-level BPE as a `tokenizers.Tokenizer`: specials are ids 0-3, then the 256 bytes, then merges in order.
+    """Train a byte-level BPE: ids 0-3 are the specials, then 256 bytes, then merges in order.
 
     texts: iterable of str. vocab_size: how many ids in all, at least 4 + 256.
+    Returns a `tokenizers.Tokenizer`. Raises Mistake for a vocab_size below 260.
     """
     if vocab_size < len(SPECIALS) + 256:
-        raise ValueError(f"vocab_size={vocab_size} is too small: 4 special tokens and 256 bytes need 260 or more")
-    tok = tokenizers.Tokenizer(models.BPE())
-    tok.pre_tokenizer, tok.decoder = cut_at(SPLIT), decoders.ByteLevel()
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
+        raise Mistake(f"vocab_size={vocab_size} is too small: 4 special tokens and 256 bytes "
+                      "need 260 or more")
+    hf = tokenizers.Tokenizer(models.BPE())
+    hf.pre_tokenizer = cut_at(SPLIT)
+    hf.decoder = decoders.ByteLevel()
+    hf.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIALS), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return tok
+    return hf
 
 
 def byte_of_char():
-    """{character: byte} of the byte-level alphabet: GPT-2 writes each byte as one printable character."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """{character: byte} of the byte-level alphabet: GPT-2 writes each byte as one character."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
-    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
+    byte_of = {chr(b): b for b in printable}
+    for i, b in enumerate(others):
+        byte_of[chr(256 + i)] = b
+    return byte_of
 
 
-def read_json(path):
-    """The dict in a JSON file, empty where there is no such file. Raises ValueError, in a sentence."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not readable JSON of names and values: {error}") from error
+# --- special tokens -------------------------------------------------------------------------------
 
-
-def from_merges(folder, config):
-    """The text of the tokenizer.json that a folder of vocab.json and merges.txt (Dream's) lacks.
-
-    config: tokenizer_config.json as a dict; its tokenizer_class must be one that cuts at QWEN_SPLIT.
-    """
-    kind, added = config.get("tokenizer_class"), config.get("added_tokens_decoder")
-    if not added or not str(kind).startswith(("Qwen2", "Dream")):
-        raise ValueError(f"there is only vocab.json, of a {kind}, and only Qwen2's and Dream's with an added_tokens_decoder are "
-                         "known here; load it with transformers' AutoTokenizer, whose save_pretrained writes the file")
-    hf = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    hf.normalizer, hf.pre_tokenizer, hf.decoder = normalizers.NFC(), cut_at(QWEN_SPLIT), decoders.ByteLevel()
-    for i, token in sorted(added.items(), key=lambda item: int(item[0])):
-        hf.add_tokens([AddedToken(**token)])
-        if hf.token_to_id(token["content"]) != int(i):
-            raise ValueError(f"{token['content']} cannot have id {i}, there being ids below it that nothing has")
-    return hf.to_str(pretty=True)
+def specials_of(hf):
+    """{name: id} of the special tokens of a `tokenizers.Tokenizer`."""
+    added = hf.get_added_tokens_decoder()
+    return {token.content: i for i, token in added.items() if token.special}
 
 
 def name_specials(config, model_config, hf):
-    """{"bos_token": its name or None, …} for KEYS. config, model_config: tokenizer_config.json, config.json as dicts.
+    """{"bos_token": its name or None, …} for KEYS.
 
-    If tokenizer_config.json names any it decides, and what it leaves out or has as null is none: Qwen's documents have
-    no bos, though its config.json has an id for one. Else the ids in config.json decide, the first of several for eos.
-    Else the names are ours. Only a mask that is none so far may still be config.json's mask_token_id (Dream, CoDA).
+    config, model_config: tokenizer_config.json, config.json as dicts.
+    If tokenizer_config.json names any of them it decides, and what it leaves out or has as null is
+    none: Qwen's documents have no bos, though its config.json has an id for one. Otherwise the ids
+    in config.json decide, the first of several for eos. Otherwise the names are ours. Only a mask
+    that is none so far may still be config.json's mask_token_id (Dream, CoDA).
     """
-    ids = {key: model_config.get(key + "_id") for key in KEYS}
-    ids = {key: i[0] if isinstance(i, list) and i else i for key, i in ids.items()}
-    by_id = {key: hf.id_to_token(i) if isinstance(i, int) and i >= 0 else None for key, i in ids.items()}
+    by_id = {key: name_of_id(model_config.get(key + "_id"), hf) for key in KEYS}
     if any(key in config for key in KEYS):
         names = {key: config.get(key) for key in KEYS}
     elif any(by_id.values()):
         names = by_id
     else:
-        names = {f"{name[1:-1]}_token": name if name in specials_of(hf) else None for name in SPECIALS}
+        ours = [name if name in specials_of(hf) else None for name in SPECIALS]
+        names = dict(zip(("bos_token", "eos_token", "mask_token", "pad_token"), ours))
     return names | {"mask_token": names["mask_token"] or by_id["mask_token"]}
 
 
-def specials_of(hf):
-    """{name: id} of the special tokens of a `tokenizers.Tokenizer`."""
-    return {token.content: i for i, token in hf.get_added_tokens_decoder().items() if token.special}
+def name_of_id(i, hf):
+    """The token of an id in config.json, or of the first of several; None for anything else."""
+    if isinstance(i, list) and i:
+        i = i[0]
+    return hf.id_to_token(i) if type(i) is int and 0 <= i < MAX_IDS else None
 
 
-@cache
-def compiled(template):
-    """A chat template, by jinja2 set up as transformers has it."""
-    import jinja2.sandbox  # a template came with a downloaded folder
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                       extensions=["jinja2.ext.loopcontrols"])
-    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-    return env.from_string(template)
-
+# --- the tokenizer --------------------------------------------------------------------------------
 
 class Tokenizer:
-    """A folder's tokenizer, ready to use.
+    """A tokenizer, ready to use. `huggingface.load_tokenizer` makes one of a folder.
 
-    vocab_size: int, the highest id + 1. special_ids: {name: id} of the tokens that are never read from a text.
-    bos_id, eos_id, mask_id, pad_id: int, or None where there is none. bos_id is what a document begins with: None too
-    if tokenizer_config.json has `add_bos_token: false`. That Llama 3's post-processor puts bos before every text says
-    the same in another way; it is never run: who writes documents and prompts puts bos_id there.
-    token_bytes: (vocab_size,) int64 numpy, how many bytes of text each id stands for; 0 for specials and unused ids.
+    json: str, the tokenizer.json that `save` writes. folder: where it came from, for messages.
+    vocab_size: int, the highest id + 1.
+    special_ids: {name: id} of the tokens that are never read from a text.
+    bos_id, eos_id, mask_id, pad_id: int, or None where there is none. bos_id begins a document: it
+    is None too if tokenizer_config.json has `add_bos_token: false`. That Llama 3's post-processor
+    puts bos before every text says the same in another way; it is never run: whoever writes
+    documents and prompts puts bos_id there.
+    token_bytes: (vocab_size,) int64 numpy, bytes of text that each id stands for; 0 for specials
+    and unused ids.
     """
 
-    def __init__(self, path, bos_token="", mask_token=""):
-        """path: a folder, or the tokenizer.json in it. bos_token, mask_token: names to use instead of the folder's.
+    def __init__(self, json_text, config=None, chat_template=None, bos_token="", mask_token="",
+                 model_config=None, folder=""):
+        """json_text: a tokenizer.json. config, model_config: dicts of tokenizer_config.json and
+        config.json. chat_template: a template that goes before the one in `config`, or None.
+        bos_token, mask_token: names to use instead of theirs. A special token that the vocabulary
+        lacks is added at the next free id, bos before mask.
 
-        A special token that the vocabulary lacks is added at the next free id, bos before mask.
-        Raises FileNotFoundError or ValueError, in a sentence.
+        Raises Mistake for a text that is not a tokenizer.json and names that cannot be used.
         """
-        path = Path(path)
-        path = path if path.suffix == ".json" else path / "tokenizer.json"
-        folder = self.folder = path.parent
-        if not path.is_file() and not (folder / "vocab.json").is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}: the data is not prepared; `python -m data.stdlib.prepare` prepares data/stdlib")
-        self.config = read_json(folder / "tokenizer_config.json")
-        if "added_tokens_decoder" not in self.config:  # transformers too reads the older file only then
-            self.config |= read_json(folder / "special_tokens_map.json")
-        for key, token in self.config.items():
-            if isinstance(token, dict) and "content" in token:  # of a special token its name does; tokenizer.json has the rest
-                self.config[key] = token["content"]
+        self.folder = folder
+        self.json = json_text
+        self.jinja = chat_template
+        self.config = dict(config or {})
         try:
-            self.json = path.read_text(encoding="utf-8") if path.is_file() else from_merges(folder, self.config)
-            self.hf = tokenizers.Tokenizer.from_str(self.json)
-        except Exception as error:  # the library raises bare Exception for a text that does not parse
-            raise ValueError(f"{path} is not a readable tokenizer.json: {error}") from error
-        if self.config.pop("auto_map", None) or not path.is_file() or not self.config:  # the class for a tokenizer.json alone
-            self.config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        template = folder / "chat_template.jinja"
-        self.jinja = template.read_text(encoding="utf-8") if template.is_file() else None
-        self.set_specials(bos_token, mask_token)
-        self.hf.no_truncation()  # some published files cut every text, or fill it up
+            self.hf = tokenizers.Tokenizer.from_str(json_text)
+        except Exception as error:  # the library raises bare Exception
+            raise Mistake(f"{folder}/tokenizer.json is not a readable tokenizer.json: "
+                          f"{error}") from error
+        check_ids(self.hf, folder)
+        self.set_specials(bos_token, mask_token, model_config or {})
+        self.hf.no_truncation()  # some published files cut every text, or pad it
         self.hf.no_padding()
-        self.hf.encode_special_tokens = True  # "<eos>" in a text is five characters, never the special token
-        self.tik = as_tiktoken(json.loads(self.json))
+        self.hf.encode_special_tokens = True  # "<eos>" in a text is five characters
+        self.tik = as_tiktoken(self.hf)
         self.byte_level = isinstance(self.hf.decoder, decoders.ByteLevel)
         self.bytes = self.bytes_by_id()
-        self.vocab_size, self.token_bytes = len(self.bytes), np.array([len(b) for b in self.bytes])
+        self.vocab_size = len(self.bytes)
+        self.token_bytes = np.array([len(b) for b in self.bytes], dtype=np.int64)
 
-    def set_specials(self, bos_token, mask_token):
-        """Set the special tokens' ids, adding tokens that are missing to what `save` writes too."""
-        names = name_specials(self.config, read_json(self.folder / "config.json"), self.hf)
-        names |= {"bos_token": bos_token or names["bos_token"], "mask_token": mask_token or names["mask_token"]}
-        for name in filter(None, names.values()):
-            if name in specials_of(self.hf):
-                continue
-            vocab = self.hf.get_vocab()
-            self.hf.add_special_tokens([AddedToken(name, normalized=False)])
-            if self.hf.token_to_id(name) != vocab.get(name, max(vocab.values(), default=-1) + 1):
-                raise ValueError(f"{name} cannot be added to the vocabulary in {self.folder}: its ids have gaps")
-            self.json = self.hf.to_str(pretty=True)
-        self.config |= {key: name for key, name in names.items() if name != self.config.get(key)}
+    def set_specials(self, bos_token, mask_token, model_config):
+        """Set the special tokens' ids; add missing tokens, to what `save` writes too."""
+        names = name_specials(self.config, model_config, self.hf)
+        for key, name in names.items():
+            if name is not None and not isinstance(name, str):
+                raise Mistake(f"{key}={shortened(name)} in {self.folder} is not a token's name")
+        if bos_token:
+            names["bos_token"] = bos_token
+        if mask_token:
+            self.check_mask(mask_token, names)
+            names["mask_token"] = mask_token
+        for name in names.values():
+            if name:
+                self.add_special(name)
+        for key, name in names.items():
+            if name != self.config.get(key):
+                self.config[key] = name
         if bos_token and "add_bos_token" in self.config:
             self.config["add_bos_token"] = True
         self.special_ids = specials_of(self.hf)
-        self.bos_id, self.eos_id, self.pad_id, self.mask_id = (self.special_ids.get(names[key]) for key in KEYS)
+        self.bos_id, self.eos_id, self.pad_id, self.mask_id = (
+            self.special_ids.get(names[key]) for key in KEYS)
         if self.config.get("add_bos_token") is False:
             self.bos_id = None
 
+    def check_mask(self, name, names):
+        """A mask hides what stood there: it must not be a token that texts and documents hold."""
+        for key in ("bos_token", "eos_token", "pad_token"):
+            if name == names[key]:
+                raise Mistake(f"mask_token={name!r} is the {key} of {self.folder}: name a token of "
+                              "its own; a new name, such as '<|mask|>', is added")
+        added = {token.content for token in self.hf.get_added_tokens_decoder().values()}
+        if name not in added and self.hf.token_to_id(name) is not None:
+            raise Mistake(f"mask_token={name!r} is an ordinary token of {self.folder}, which texts "
+                          "hold: name a special token; a new name, such as '<|mask|>', is added")
+
+    def add_special(self, name):
+        """Make `name` a special token: the one of that name, or else the next free id."""
+        if name in specials_of(self.hf):
+            return
+        vocab = self.hf.get_vocab()
+        self.hf.add_special_tokens([AddedToken(name, normalized=False)])
+        next_id = max(vocab.values(), default=-1) + 1
+        if self.hf.token_to_id(name) != vocab.get(name, next_id):
+            raise Mistake(f"{name} cannot be added to the vocabulary in {self.folder}: "
+                          "its ids have gaps")
+        self.json = self.hf.to_str(pretty=True)
+
     def bytes_by_id(self):
         """What each id writes, as a list of bytes."""
-        vocab, added, alphabet = self.hf.get_vocab(), self.hf.get_added_tokens_decoder(), byte_of_char()
-        found = [b""] * (max(vocab.values(), default=-1) + 1)
+        vocab, added = self.hf.get_vocab(), self.hf.get_added_tokens_decoder()
+        alphabet = byte_of_char()
+        texts = [b""] * (max(vocab.values(), default=-1) + 1)
         for token, i in vocab.items():
             if token in self.special_ids:
                 continue
             if i in added:  # these are written as they are
-                found[i] = token.encode()
+                texts[i] = token.encode()
             elif self.byte_level and alphabet.keys() >= set(token):
-                found[i] = bytes(alphabet[c] for c in token)
+                texts[i] = bytes(alphabet[c] for c in token)
             else:
-                found[i] = self.hf.decode([i]).encode()
-        return found
+                texts[i] = self.hf.decode([i]).encode()
+        return texts
 
     def bytes_of(self, i):
-        """What one id writes, as bytes; nothing for a special token or an id that is not in use."""
+        """What one id writes, as bytes; nothing for a special token or an id not in use."""
         return self.bytes[i] if 0 <= i < self.vocab_size else b""
 
     def encode(self, text):
-        """str -> list of int, no special token among them, none added.
+        """str -> list of int, no special token among them, none added. Uses one thread.
 
-        An added token that is not special (Qwen's <tool_call>, Qwen2.5-Coder's <|fim_prefix|>) is one id wherever its
-        name stands in a text, as for transformers with `split_special_tokens=True`.
+        An added token that is not special (Qwen's <tool_call>, Qwen2.5-Coder's <|fim_prefix|>) is
+        one id wherever its name stands in a text, as in transformers with
+        `split_special_tokens=True`. Raises Mistake for a text that is not Unicode.
         """
-        return self.encode_batch([text])[0]
+        check_unicode(text)
+        if self.tik and not has_long_blank(text):
+            return self.tik.encode_ordinary(text)
+        return self.hf.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts):
-        """list of str -> list of lists of int, on all cores."""
-        if self.tik:
+        """list of str -> list of lists of int, on all cores. See `encode`."""
+        for text in texts:
+            check_unicode(text)
+        if self.tik and not any(map(has_long_blank, texts)):
             return self.tik.encode_ordinary_batch(texts)
+        if self.tik:
+            return [self.encode(text) for text in texts]
         return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids):
-        """ids -> str: what `encode` read, normalized (Qwen: NFC); broken UTF-8 becomes U+FFFD; specials are left out."""
+        """ids -> str: what `encode` read, normalized (Qwen: NFC); specials are left out.
+
+        Broken UTF-8 becomes U+FFFD.
+        """
         if self.byte_level:
-            return b"".join(self.bytes_of(int(i)) for i in ids).decode("utf-8", errors="replace")
+            text = b"".join(self.bytes_of(int(i)) for i in ids)
+            return text.decode("utf-8", errors="replace")
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def chat(self, messages, add_generation_prompt=True):
-        """Messages -> list of int, as the folder's chat template writes them, special tokens included.
+        """Messages -> list of int, as the chat template writes them, special tokens included.
 
-        messages: list of {"role": str, "content": str}; a special token's name in them is that token, as in transformers.
-        add_generation_prompt: go on to where the assistant's answer begins.
+        messages: list of {"role": str, "content": str}; a special token's name in them is that
+        token, as in transformers. add_generation_prompt: go on to where the assistant's answer
+        begins. Raises Mistake where there is no template or it fails; see `render`.
         """
         template = self.jinja or self.config.get("chat_template")
         if isinstance(template, list):  # several, each with a name
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        if not template or not messages:
-            raise ValueError("a chat has no messages" if template else f"the tokenizer in {self.folder} has no chat template")
-        names = {key: name for key, name in self.config.items() if key.endswith("_token") and isinstance(name, str)}
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[-1].get("template") if named else None
+        if not template:
+            raise Mistake(f"the tokenizer in {self.folder} has no chat template")
+        if not isinstance(template, str):
+            raise Mistake(f"chat_template={shortened(template)} in {self.folder} is not a text")
+        if not messages:
+            raise Mistake("a chat has no messages")
+        values = {key: name for key, name in self.config.items()
+                  if key.endswith("_token") and isinstance(name, str)}
+        values |= {"messages": messages, "add_generation_prompt": add_generation_prompt,
+                   "tools": None, "documents": None}
         try:
-            text = compiled(template).render(**names, messages=messages, add_generation_prompt=add_generation_prompt,
-                                             tools=None, documents=None)
-        except Exception as error:  # whatever the template's own code runs into
-            raise ValueError(f"the chat template in {self.folder} refuses these messages: {error}") from error
+            text = render(template, values)
+            check_unicode(text)
+        except Mistake as error:
+            raise Mistake(f"the chat template in {self.folder} refuses these messages: "
+                          f"{error}") from error
         self.hf.encode_special_tokens = False
         ids = self.hf.encode(text, add_special_tokens=False).ids
         self.hf.encode_special_tokens = True
         return ids
 
     def save(self, folder):
-        """Write tokenizer.json, tokenizer_config.json and any chat_template.jinja, each aside and then renamed.
+        """Write tokenizer.json, tokenizer_config.json and any chat_template.jinja.
 
-        They load as this tokenizer here and in transformers' AutoTokenizer. folder: an existing one.
+        They load as this tokenizer here and in transformers' AutoTokenizer.
+        folder: an existing one.
         """
-        texts = {"tokenizer.json": self.json, "chat_template.jinja": self.jinja,
-                 "tokenizer_config.json": json.dumps(self.config, indent=1, ensure_ascii=False)}
-        for name, text in texts.items():
-            if text is None:
-                (Path(folder) / name).unlink(missing_ok=True)  # of another tokenizer that was here
-                continue
-            (Path(folder) / f"{name}.tmp").write_text(text, encoding="utf-8")
-            os.replace(Path(folder) / f"{name}.tmp", Path(folder) / name)
+        folder = Path(folder)
+        write_text(folder / "tokenizer.json", self.json)
+        write_json(folder / "tokenizer_config.json", self.config)
+        if self.jinja is None:
+            (folder / "chat_template.jinja").unlink(missing_ok=True)  # another tokenizer's
+        else:
+            write_text(folder / "chat_template.jinja", self.jinja)
 
 
-def as_tiktoken(spec):
-    """The tokenizer.json `spec` (a dict) as a `tiktoken.Encoding`, or None where tiktoken could give other ids.
+def check_ids(hf, folder):
+    """Raise Mistake for ids so high that a table of them would not fit into memory."""
+    highest = max(hf.get_vocab().values(), default=0)
+    if highest >= MAX_IDS:
+        raise Mistake(f"{folder}/tokenizer.json has a token with id {highest}: ids are below "
+                      f"{MAX_IDS:,} here")
 
-    Only for a tokenizer that cuts at SPLIT: which letters, digits and spaces a published regex matches follows the
-    Unicode version of the regex engine, and tiktoken's is not that of `tokenizers`.
-    tiktoken merges the adjacent pair whose joined bytes have the lowest id; BPE, the pair whose merge was learned
-    first. They agree when every token is what BPE makes of its own bytes, and ids rise in the order of the merges.
+
+def check_unicode(text):
+    """Raise Mistake for a text that UTF-8 cannot hold: one with half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Mistake(f"the text is not Unicode: character {error.start} is "
+                      f"{text[error.start]!a}, a lone surrogate") from error
+
+
+def has_long_blank(text):
+    """Whether so many spaces follow each other that tiktoken may panic."""
+    if len(text) <= MAX_SPACES:
+        return False
+    return any(len(blank[0]) > MAX_SPACES for blank in re.finditer(SPACE + "+", text))
+
+
+def as_tiktoken(hf):
+    """A `tokenizers.Tokenizer` as a `tiktoken.Encoding`, or None where ids could differ.
+
+    Only for a tokenizer that cuts at SPLIT: which letters, digits and spaces a published regex
+    matches follows the Unicode version of the regex engine, and tiktoken's is not that of
+    `tokenizers`. tiktoken merges the adjacent pair whose joined bytes have the lowest id; BPE, the
+    pair whose merge was learned first. They agree when every token is what BPE makes of its own
+    bytes, and ids rise in the order of the merges.
     """
+    spec = json.loads(hf.to_str())
     model = spec["model"]
-    if (model["type"] != "BPE" or model.get("dropout") or model.get("ignore_merges") or spec.get("normalizer")
-            or spec.get("pre_tokenizer") != json.loads(cut_at(SPLIT).__getstate__())):
+    if model["type"] != "BPE" or model.get("dropout") or model.get("ignore_merges"):
+        return None
+    if spec["normalizer"]:
+        return None
+    if spec["pre_tokenizer"] != json.loads(cut_at(SPLIT).__getstate__()):
+        return None
+    if not all(token["special"] for token in spec["added_tokens"]):
         return None
     vocab, alphabet = model["vocab"], byte_of_char()
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    made = [vocab["".join(m)] for m in merges]
-    if any(a >= b for a, b in zip(made, made[1:])) or not all(t["special"] for t in spec["added_tokens"]):
+    merges = [tuple(pair) for pair in model["merges"]]
+    made = [vocab["".join(pair)] for pair in merges]
+    if any(a >= b for a, b in zip(made, made[1:])):
         return None
-    specials = {t["content"] for t in spec["added_tokens"]}
-    bpe = models.BPE(vocab=vocab, merges=[tuple(m) for m in merges])
-    if any(len(bpe.tokenize(token)) != 1 for token in vocab if token not in specials):
+    specials = {token["content"] for token in spec["added_tokens"]}
+    plain = {token: i for token, i in vocab.items() if token not in specials}
+    if not all(alphabet.keys() >= set(token) for token in plain):
+        return None
+    bpe = models.BPE(vocab=vocab, merges=merges)
+    if any(len(bpe.tokenize(token)) != 1 for token in plain):
         return None  # a token that other merges would take apart
-    ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if token not in specials}
+    ranks = {bytes(alphabet[c] for c in token): i for token, i in plain.items()}
     if len(ranks) != 256 + len(merges):
         return None
-    return tiktoken.Encoding("tokenizer.json", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("tokenizer.json", pat_str=SPLIT, mergeable_ranks=ranks,
+                             special_tokens={})
+
+
+# --- chat templates: other people's programs ------------------------------------------------------
+
+TEMPLATE_SECONDS = 20  # for one chat, Python's and jinja2's start included
+TEMPLATE_MEMORY = 2**31  # bytes of address space, where the system can limit it
+
+
+def render(template, values):
+    """What a jinja2 template writes, set up as transformers has it. values: a dict for JSON.
+
+    A template comes with a downloaded folder. jinja2's sandbox keeps it from files and from
+    Python; nothing in jinja2 keeps it from nested loops and texts without end. So it runs in a
+    process of its own, with limits of time and memory, kept for the next chat: a millisecond each.
+    Works in any thread. Raises Mistake where the template fails or meets a limit.
+    """
+    request = json.dumps([template, values])
+    with one_at_a_time:
+        process = worker_process()
+        timer = threading.Timer(TEMPLATE_SECONDS, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            timer.cancel()
+            timer.join()
+        if not answer.endswith("\n"):
+            process.kill()
+            process.wait()
+            raise Mistake(f"it was stopped after {TEMPLATE_SECONDS} seconds, or its process ended")
+    text, error = json.loads(answer)
+    if error:
+        raise Mistake(error)
+    return text
+
+
+one_at_a_time = threading.Lock()
+workers = {}  # {id of the process that uses it: the worker}: a fork must not share its pipes
+
+
+def worker_process():
+    """This process's renderer, started where there is none."""
+    process = workers.get(os.getpid())
+    if process is None or process.poll() is not None:
+        source = inspect.getsource(answer_requests) + f"answer_requests({TEMPLATE_MEMORY})"
+        process = subprocess.Popen(
+            [sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, encoding="utf-8", cwd=Path(__file__).parent,
+            start_new_session=True)  # Ctrl-C is for the parent; at its end the worker's input ends
+        workers[os.getpid()] = process
+    return process
+
+
+def answer_requests(memory):
+    """The worker's program: read [template, values] a line, write [text, error] a line."""
+    import json
+    import sys
+    from datetime import datetime
+    from functools import cache, partial
+
+    def raise_exception(message):
+        raise ValueError(message)
+
+    @cache
+    def compiled(template):
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=["jinja2.ext.loopcontrols"])
+        env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's escapes HTML
+        env.globals["raise_exception"] = raise_exception
+        env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        return env.from_string(template)
+
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    except (ImportError, ValueError, OSError):  # Windows, macOS: the limit of time still holds
+        pass
+    for line in sys.stdin:
+        try:
+            template, values = json.loads(line)
+            answer = [compiled(template).render(**values), None]
+        except MemoryError:
+            answer = [None, f"it needs more than {memory:,} bytes of memory"]
+        except Exception as error:  # whatever the template's own code runs into
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            answer = [None, first_line]
+        print(json.dumps(answer), flush=True)

@@ -219,15 +219,16 @@ def train(cfg, given, world, run):
     say_what_starts(cfg, world, run, machine, model, folder, len(train_data))
     peak_flops = cfg.peak_tflops * 1e12 or plan.peak_flops(world.device)
     autocast = partial(parallel.autocast, world, dtype)
-    score = partial(evaluate, model, held_out, recipe, torch.from_numpy(tok.token_bytes),
-                    cfg.eval_draws, cfg.micro_batch, world, autocast)
+    score = partial(evaluate, batch=held_out, recipe=recipe, draws=cfg.eval_draws,
+                    token_bytes=torch.from_numpy(tok.token_bytes), micro_batch=cfg.micro_batch,
+                    world=world, autocast=autocast)
     make = partial(make_batch, data=train_data, recipe=recipe, cfg=cfg, rows=rows)
     batches = loader.prefetch(make, run.start, cfg.max_steps)
     with tqdm(total=cfg.max_steps, initial=run.start, unit="step", mininterval=0.5,
               dynamic_ncols=True, disable=world.rank > 0) as bar:
         for step in range(run.start, cfg.max_steps):
             if cfg.eval_every and step % cfg.eval_every == 0:
-                run.evaluate(step, score)
+                run.evaluate(step, model, score)
             began = time.time()
             batch, pairs = next(batches)
             waited = time.time() - began
@@ -265,7 +266,7 @@ def train(cfg, given, world, run):
 
             done = step + 1 == cfg.max_steps
             if done and cfg.eval_every:  # before the last save: a run that has that is complete
-                run.evaluate(cfg.max_steps, score)
+                run.evaluate(cfg.max_steps, model, score)
             if done or stop or (step + 1) % cfg.save_every == 0:
                 run.save(step + 1, model, optimizer, tok, recipe, cfg, machine, fingerprint)
             if stop:

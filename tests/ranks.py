@@ -27,10 +27,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from test_train import train as train_here
+
 import checkpoint
 import parallel
 from model import Transformer, my_rows
-from test_train import train as train_here
 
 SHAPES = [
     (7, 5),

@@ -3,7 +3,6 @@ import runpy
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 RANKS = {"diffucoder_7b": 80, "small": 1, "toy": 1, "toy_ar": 1}  # the others: a node of eight

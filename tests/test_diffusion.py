@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import ATTENTION_OF, block_of, packed, packings, who_sees
 
 import diffusion
 import model
@@ -30,7 +32,6 @@ from diffusion import (
     u_max,
     weighted_loss,
 )
-from test_attention_kernel import ATTENTION_OF, block_of, packed, packings, who_sees
 
 torch.set_num_threads(1)
 VOCAB, MASK, PAD = 12, 11, 10

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import checkpoint
 import model as model_file
-from attention_kernel import Spans
 from model import KVCache, ModelConfig, Transformer, rope_angles, rotate
+from spans import Spans
 from tokenizer import Tokenizer, train_tokenizer
 
 transformers.logging.set_verbosity_error()
@@ -278,7 +278,7 @@ def test_chunks_of_whole_blocks_through_the_cache_are_the_full_forward(K, total,
 
     def forward(a, b, of):
         start = torch.zeros(2, b - a, dtype=torch.int32)
-        return net(of[:, a:b], Spans.of(start, start + total, K, first=a), cache)
+        return net(of[:, a:b], Spans.of(start, start + total, K, offset=a), cache)
 
     a = 0
     while a < total:
@@ -300,7 +300,7 @@ def test_a_forward_writes_behind_the_length_and_nowhere_else():
     cache.length = 2
     net(
         torch.arange(3)[None],
-        Spans.of(*torch.tensor([[[0] * 3], [[8] * 3]], dtype=torch.int32), 1, first=2),
+        Spans.of(*torch.tensor([[[0] * 3], [[8] * 3]], dtype=torch.int32), 1, offset=2),
         cache,
     )
     for kept in (cache.k, cache.v):

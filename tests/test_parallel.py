@@ -17,18 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_train import OBJECTIVES, TINY, metrics, train, weights
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import checkpoint
 import parallel
-from conftest import ROOT
 from diffusion import Recipe
 from model import ModelConfig, Transformer, my_rows
-from test_train import OBJECTIVES, TINY, metrics, train, weights
 from tokenizer import Tokenizer
 
 STEPS = [

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -35,7 +36,6 @@ import parallel
 import plan
 import train
 from configurator import Mistake, report
-from conftest import ROOT
 from loader import Batch
 from model import ModelConfig, Transformer
 
@@ -261,7 +261,7 @@ def saved_bytes(cases, real):
 
 
 def local_numbers(cases):
-    """Of each case and of its first and last process: [numbers in the local weights, weights of all]."""
+    """Of each case, for its first and last process: [numbers it holds, numbers of all weights]."""
     found = []
     for cfg in cases:
         for rank in (0, cfg.ranks - 1):
@@ -501,8 +501,8 @@ def test_the_flops_of_a_step_are_those_that_pytorch_counts():
     spans = diffusion.spans_for(recipe, start, start + cfg.context)
     counter, in_bmm = FlopCounterMode(display=False), sdpa_kernel(SDPBackend.MATH)
     with counter, in_bmm:
-        hidden = net(torch.zeros(2, cfg.context, dtype=torch.long), spans)
-        net.token_loss(hidden.flatten(0, 1)[:29], torch.zeros(29, dtype=torch.long)).sum().backward()
+        hidden = net(torch.zeros(2, cfg.context, dtype=torch.long), spans).flatten(0, 1)
+        net.token_loss(hidden[:29], torch.zeros(29, dtype=torch.long)).sum().backward()
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     attention = counts.pop("aten.bmm")
     others = sum(counts.values())

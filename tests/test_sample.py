@@ -188,8 +188,9 @@ def test_decoding_stops_at_an_eos_with_nothing_masked_to_its_left(monkeypatch):
     ],
 )
 def test_mistakes_end_in_one_sentence(data_folder, tmp_path, monkeypatch, arguments, says):
-    from tokenizer import Tokenizer
     import test_checkpoint
+
+    from tokenizer import Tokenizer
 
     monkeypatch.setattr(
         torch.backends.mps, "is_available", lambda: False
@@ -203,8 +204,9 @@ def test_mistakes_end_in_one_sentence(data_folder, tmp_path, monkeypatch, argume
 
 
 def test_the_script_prints_prompt_completion_and_speed(data_folder, tmp_path, monkeypatch, capsys):
-    from tokenizer import Tokenizer
     import test_checkpoint
+
+    from tokenizer import Tokenizer
 
     tok = Tokenizer(data_folder)
     test_checkpoint.save(tmp_path / "out" / "run", 1, test_checkpoint.small_model(tok), tok)

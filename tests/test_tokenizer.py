@@ -16,7 +16,9 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from tokenizer import KEYS, SPECIALS, Tokenizer, byte_of_char, train_tokenizer
+from configurator import Mistake
+from huggingface import load_tokenizer
+from tokenizer import SPECIALS, byte_of_char, train_tokenizer
 
 STDLIB = Path(os.__file__).parent
 TRAINED_ON = ["os.py", "ast.py", "json/decoder.py", "textwrap.py", "gettext.py", "smtplib.py"]
@@ -46,7 +48,7 @@ def tok(spec, tmp_path_factory):
 
 def written(spec, folder):
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
-    return Tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 def by_hugging_face(tok, text):
@@ -389,7 +391,7 @@ def family(request, folders):
     """(name, folder, our Tokenizer, transformers')"""
     folder = folders[request.param]
     theirs = Qwen2Tokenizer if request.param == "dream" else AutoTokenizer
-    return request.param, folder, Tokenizer(folder), theirs.from_pretrained(folder)
+    return request.param, folder, load_tokenizer(folder), theirs.from_pretrained(folder)
 
 
 def copy_of(folder, tmp_path, **config):
@@ -458,7 +460,7 @@ def test_no_bos_is_put_before_a_text_nor_is_it_cut_or_filled_up(family, tmp_path
                     "pad_token": "x"}}
     write(tmp_path / "tokenizer.json", spec)
     for text in ("x", "def f(x): return x + 1", ""):
-        assert Tokenizer(tmp_path).encode(text) == tok.encode(text) and tok.decode(tok.encode(text)) == text
+        assert load_tokenizer(tmp_path).encode(text) == tok.encode(text) and tok.decode(tok.encode(text)) == text
 
 
 @pytest.mark.parametrize("messages", CHATS, ids=range(len(CHATS)))
@@ -483,8 +485,8 @@ def test_special_tokens_are_what_each_folder_says(folders):
                 "qwen": [None, "<|im_end|>", "<|endoftext|>", None],
                 "qwen3": [None, "<|im_end|>", "<|endoftext|>", None],
                 "dream": [None, "<|endoftext|>", "<|endoftext|>", "<|mask|>"]}  # its tokenizer_config.json adds no bos
-    assert {name: names_of(Tokenizer(folder)) for name, folder in folders.items()} == expected
-    assert names_of(Tokenizer(folders["seed"] / "tokenizer.json")) == expected["seed"]
+    assert {name: names_of(load_tokenizer(folder)) for name, folder in folders.items()} == expected
+    assert names_of(load_tokenizer(folders["seed"] / "tokenizer.json")) == expected["seed"]
 
 
 def same(a, b):
@@ -501,7 +503,7 @@ def check_saved(tok, folder, **config):
     tok.save(folder)
     if config:
         write(folder / "config.json", config)
-    again, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    again, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     assert same(tok, again)
     assert not list(folder.glob("*.tmp"))
     texts = random_texts([*tok.special_ids, "<tool_call>"], 500)
@@ -532,13 +534,13 @@ def test_what_is_saved_loads_as_the_same_here_and_in_transformers(family, tmp_pa
 
 def test_a_folder_with_code_of_its_own_is_saved_as_one_that_needs_none(folders, tmp_path):
     alone = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    assert Tokenizer(folders["dream"]).config.items() >= alone.items()
-    assert "auto_map" not in Tokenizer(folders["dream"]).config
-    assert Tokenizer(copy_of(folders["dream"], tmp_path, auto_map=...)).config.items() >= alone.items()
+    assert load_tokenizer(folders["dream"]).config.items() >= alone.items()
+    assert "auto_map" not in load_tokenizer(folders["dream"]).config
+    assert load_tokenizer(copy_of(folders["dream"], tmp_path, auto_map=...)).config.items() >= alone.items()
     (tmp_path / "again").mkdir()
     copy = copy_of(folders["qwen"], tmp_path / "again", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
-    assert Tokenizer(copy).config.items() >= alone.items() and "auto_map" not in Tokenizer(copy).config
-    assert Tokenizer(folders["qwen"]).config["tokenizer_class"] == "Qwen2Tokenizer"
+    assert load_tokenizer(copy).config.items() >= alone.items() and "auto_map" not in load_tokenizer(copy).config
+    assert load_tokenizer(folders["qwen"]).config["tokenizer_class"] == "Qwen2Tokenizer"
 
 
 def test_our_own_is_saved_byte_for_byte_with_its_names(spec, tok, tmp_path):
@@ -550,7 +552,7 @@ def test_our_own_is_saved_byte_for_byte_with_its_names(spec, tok, tmp_path):
 
 def test_bos_and_mask_that_are_missing_become_the_next_ids_in_this_order(family, tmp_path):
     name, folder, plain, _ = family
-    tok = Tokenizer(folder, bos_token="<|beginoftext|>", mask_token="<|mask|>")
+    tok = load_tokenizer(folder, bos_token="<|beginoftext|>", mask_token="<|mask|>")
     assert names_of(tok) == ["<|beginoftext|>", names_of(plain)[1], names_of(plain)[2], "<|mask|>"]
     if name != "dream":  # which has both
         n = plain.vocab_size
@@ -564,25 +566,25 @@ def test_bos_and_mask_that_are_missing_become_the_next_ids_in_this_order(family,
     again, theirs = check_saved(tok, tmp_path / "saved")
     assert (theirs.bos_token, theirs.mask_token) == ("<|beginoftext|>", "<|mask|>")
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json")).token_to_id("<|mask|>") == tok.mask_id
-    assert same(again, Tokenizer(tmp_path / "saved", mask_token="<|mask|>")), "a name it already has changes nothing"
+    assert same(again, load_tokenizer(tmp_path / "saved", mask_token="<|mask|>")), "a name it already has changes nothing"
 
 
 def test_names_that_are_there_are_taken_even_if_they_were_not_special(folders, tmp_path):
-    tok = Tokenizer(folders["seed"], mask_token="<[MASK▁TOKEN]>")
+    tok = load_tokenizer(folders["seed"], mask_token="<[MASK▁TOKEN]>")
     assert tok.mask_id == 4 and tok.json == (folders["seed"] / "tokenizer.json").read_text(encoding="utf-8")
     assert tok.config["mask_token"] == "<[MASK▁TOKEN]>"
-    tok = Tokenizer(folders["qwen"], mask_token="<|fim_prefix|>")
-    plain = Tokenizer(folders["qwen"])
+    tok = load_tokenizer(folders["qwen"], mask_token="<|fim_prefix|>")
+    plain = load_tokenizer(folders["qwen"])
     assert tok.vocab_size == plain.vocab_size and tok.mask_id == plain.encode("<|fim_prefix|>")[0]
     assert tok.mask_id not in tok.encode("<|fim_prefix|>") and tok.token_bytes[tok.mask_id] == 0
     check_saved(tok, tmp_path / "saved")
-    tok = Tokenizer(folders["qwen"], bos_token="!")  # the very first token of the vocabulary
+    tok = load_tokenizer(folders["qwen"], bos_token="!")  # the very first token of the vocabulary
     assert tok.bos_id == plain.encode("!")[0] == 0
 
 
 def test_our_own_takes_other_names_too_and_stays_with_tiktoken(tok, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tok.json, encoding="utf-8")
-    other = Tokenizer(tmp_path, mask_token="[MASK]")
+    other = load_tokenizer(tmp_path, mask_token="[MASK]")
     assert (other.bos_id, other.eos_id, other.pad_id, other.mask_id, other.vocab_size) == (0, 1, 3, 800, 801) and other.tik
     check_same_ids_and_nothing_lost(other, "<mask> [MASK] <bos>")
     check_saved(other, tmp_path / "saved")
@@ -598,48 +600,48 @@ def test_our_own_takes_other_names_too_and_stays_with_tiktoken(tok, tmp_path):
 ])
 def test_tokenizer_config_decides_over_config_json(folders, tmp_path, config, names):
     copy = copy_of(folders["qwen"], tmp_path, **{"add_bos_token": True, **config})
-    assert names_of(Tokenizer(copy)) == names
-    ids = Tokenizer(copy).special_ids
+    assert names_of(load_tokenizer(copy)) == names
+    ids = load_tokenizer(copy).special_ids
     write(copy / "config.json", {"bos_token_id": ids["<|im_end|>"], "eos_token_id": [5, 6], "pad_token_id": 7})
-    assert names_of(Tokenizer(copy)) == names
+    assert names_of(load_tokenizer(copy)) == names
 
 
 def test_config_json_tells_a_mask_that_has_no_name(folders, tmp_path):
     copy = copy_of(folders["qwen"], tmp_path)
-    i = Tokenizer(copy).special_ids["<|im_start|>"]
+    i = load_tokenizer(copy).special_ids["<|im_start|>"]
     for value, mask in [(i, i), (10**6, None), (-1, None), (None, None), ("<|im_start|>", None), (1.5, None)]:
         write(copy / "config.json", {"mask_token_id": value})
-        assert Tokenizer(copy).mask_id == mask
+        assert load_tokenizer(copy).mask_id == mask
     write(copy / "config.json", {"mask_token_id": i})
     (tmp_path / "named").mkdir()
     named = copy_of(copy, tmp_path / "named", mask_token="<|im_end|>")
-    assert Tokenizer(named).mask_id == Tokenizer(named).special_ids["<|im_end|>"], "a name goes before it"
-    check_saved(Tokenizer(copy), tmp_path / "saved")
-    assert Tokenizer(copy, mask_token="<|mask|>").mask_id == Tokenizer(copy).vocab_size
+    assert load_tokenizer(named).mask_id == load_tokenizer(named).special_ids["<|im_end|>"], "a name goes before it"
+    check_saved(load_tokenizer(copy), tmp_path / "saved")
+    assert load_tokenizer(copy, mask_token="<|mask|>").mask_id == load_tokenizer(copy).vocab_size
 
 
 def test_without_tokenizer_config_the_older_file_then_config_json_then_our_names_decide(folders, tmp_path):
     shutil.copy(folders["seed"] / "tokenizer.json", tmp_path)
-    assert names_of(Tokenizer(tmp_path)) == [None] * 4
+    assert names_of(load_tokenizer(tmp_path)) == [None] * 4
     write(tmp_path / "config.json", {"bos_token_id": 0, "eos_token_id": [2, 3], "pad_token_id": None, "mask_token_id": 4})
-    assert names_of(Tokenizer(tmp_path)) == [SEED_SPECIALS[0], SEED_SPECIALS[2], None, SEED_SPECIALS[4]]
-    check_saved(Tokenizer(tmp_path), tmp_path / "saved")
+    assert names_of(load_tokenizer(tmp_path)) == [SEED_SPECIALS[0], SEED_SPECIALS[2], None, SEED_SPECIALS[4]]
+    check_saved(load_tokenizer(tmp_path), tmp_path / "saved")
     write(tmp_path / "config.json", {"eos_token_id": []})
     write(tmp_path / "special_tokens_map.json", {"eos_token": {"content": SEED_SPECIALS[3]}, "additional_special_tokens": []})
-    assert names_of(Tokenizer(tmp_path)) == [None, SEED_SPECIALS[3], None, None]
-    check_saved(Tokenizer(tmp_path), tmp_path / "saved again")
+    assert names_of(load_tokenizer(tmp_path)) == [None, SEED_SPECIALS[3], None, None]
+    check_saved(load_tokenizer(tmp_path), tmp_path / "saved again")
     write(tmp_path / "tokenizer_config.json", {"eos_token": SEED_SPECIALS[2], "added_tokens_decoder": {}})
-    assert names_of(Tokenizer(tmp_path)) == [None, SEED_SPECIALS[2], None, None]
+    assert names_of(load_tokenizer(tmp_path)) == [None, SEED_SPECIALS[2], None, None]
 
 
 def test_a_token_that_is_only_named_is_added_as_transformers_does(folders, tmp_path):
     copy = copy_of(folders["qwen3"], tmp_path, pad_token="[PAD]", mask_token="[MASK]")
-    tok, theirs = Tokenizer(copy), AutoTokenizer.from_pretrained(copy)
+    tok, theirs = load_tokenizer(copy), AutoTokenizer.from_pretrained(copy)
     assert (tok.pad_id, tok.mask_id) == (theirs.pad_token_id, theirs.mask_token_id) == (tok.vocab_size - 2, tok.vocab_size - 1)
 
 
 def test_added_tokens_that_are_not_special_have_their_bytes(folders):
-    tok = Tokenizer(folders["qwen3"])
+    tok = load_tokenizer(folders["qwen3"])
     for name in ("<tool_call>", "<|fim_prefix|>", "<é>"):
         i, = tok.encode(name)
         assert tok.bytes_of(i) == name.encode() and tok.token_bytes[i] == len(name.encode()) and tok.decode([i]) == name
@@ -655,29 +657,29 @@ def test_ids_with_gaps(folders, tmp_path):
     assert tok.vocab_size == 2200 == tok.hf.get_vocab_size() + 1000
     assert tok.token_bytes[1199:2199].sum() == 0 and tok.bytes_of(2000) == b"" and tok.decode([2000]) == ""
     assert tok.decode(tok.encode("def f():")) == "def f():" and tok.token_bytes[2199] == len(tok.bytes_of(2199)) > 1
-    with pytest.raises(ValueError, match="<m> cannot be added .* its ids have gaps$"):
-        Tokenizer(tmp_path, mask_token="<m>")
+    with pytest.raises(Mistake, match="<m> cannot be added .* its ids have gaps$"):
+        load_tokenizer(tmp_path, mask_token="<m>")
 
 
 # --- chats ----------------------------------------------------------------------------------------------------------
 
 def test_a_template_in_its_own_file_goes_before_the_one_in_tokenizer_config(folders, tmp_path):
     copy = copy_of(folders["qwen"], tmp_path)
-    inside = Tokenizer(copy).chat(CHATS[0])
+    inside = load_tokenizer(copy).chat(CHATS[0])
     (copy / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>", encoding="utf-8")
-    tok = Tokenizer(copy)
+    tok = load_tokenizer(copy)
     assert tok.decode(tok.chat(CHATS[0])) == CHATS[0][0]["content"] and tok.chat(CHATS[0]) != inside
     _, theirs = check_saved(tok, tmp_path / "saved")
     assert theirs.chat_template == tok.jinja
-    Tokenizer(folders["qwen"]).save(tmp_path / "saved")
-    assert Tokenizer(tmp_path / "saved").chat(CHATS[0]) == inside, "nothing of the other one stays"
+    load_tokenizer(folders["qwen"]).save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat(CHATS[0]) == inside, "nothing of the other one stays"
 
 
 def test_of_several_templates_the_default_is_used(folders, tmp_path):
     several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": QWEN_CHAT}]
     copy = copy_of(folders["qwen"], tmp_path, chat_template=several)
-    assert Tokenizer(copy).chat(CHATS[2]) == Tokenizer(folders["qwen"]).chat(CHATS[2])
-    check_saved(Tokenizer(copy), tmp_path / "saved")
+    assert load_tokenizer(copy).chat(CHATS[2]) == load_tokenizer(folders["qwen"]).chat(CHATS[2])
+    check_saved(load_tokenizer(copy), tmp_path / "saved")
 
 
 @pytest.mark.parametrize("template, messages, said", [
@@ -692,8 +694,8 @@ def test_of_several_templates_the_default_is_used(folders, tmp_path):
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", CHATS[0], "refuses these messages: .* unsafe"),
 ])
 def test_a_chat_that_cannot_be_is_one_sentence(folders, tmp_path, template, messages, said):
-    tok = Tokenizer(copy_of(folders["qwen"], tmp_path, chat_template=template))
-    with pytest.raises(ValueError, match=said) as caught:
+    tok = load_tokenizer(copy_of(folders["qwen"], tmp_path, chat_template=template))
+    with pytest.raises(Mistake, match=said) as caught:
         tok.chat(messages)
     assert "\n" not in str(caught.value) and not set(tok.encode("<|im_end|>")) & set(tok.special_ids.values())
 
@@ -702,8 +704,8 @@ def test_a_chat_that_cannot_be_is_one_sentence(folders, tmp_path, template, mess
 
 def test_a_missing_file_or_folder_is_one_sentence(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "nowhere" / "tokenizer.json"):
-        with pytest.raises(FileNotFoundError) as caught:
-            Tokenizer(path)
+        with pytest.raises(Mistake) as caught:
+            load_tokenizer(path)
         message = str(caught.value)
         assert message.startswith(f"no tokenizer at {tmp_path}") and "\n" not in message and "data.stdlib.prepare" in message
 
@@ -712,45 +714,46 @@ def test_a_missing_file_or_folder_is_one_sentence(tmp_path):
 def test_a_file_that_does_not_parse_is_one_sentence(spec, tmp_path, cut):
     path = tmp_path / "tokenizer.json"
     path.write_text({"half of it": json.dumps(spec)[:5000], "nothing": ""}.get(cut, cut))
-    with pytest.raises(ValueError) as caught:
-        Tokenizer(path)
+    with pytest.raises(Mistake) as caught:
+        load_tokenizer(path)
     assert str(caught.value).startswith(f"{path} is not a readable tokenizer.json: ") and "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_utf_8_is_one_sentence(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(b"\x80\x02 a pickle, say")
-    with pytest.raises(ValueError, match="is not a readable tokenizer.json"):
-        Tokenizer(path)
+    with pytest.raises(Mistake, match="tokenizer.json is not UTF-8 text: "):
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"tokenizer_class": "GPT2Tokenizer"}, "there is only vocab.json, of a GPT2Tokenizer, .* save_pretrained writes the file"),
-    ({"tokenizer_class": ...}, "there is only vocab.json, of a None"),
-    ({"added_tokens_decoder": ...}, "there is only vocab.json, of a DreamTokenizer"),
-    ({"added_tokens_decoder": {"900": {"content": "<|x|>", "special": True}}}, r"<\|x\|> cannot have id 900"),
+    ({"tokenizer_class": "GPT2Tokenizer"}, "has only a vocab.json, of the class GPT2Tokenizer: .* save_pretrained write the file"),
+    ({"tokenizer_class": ...}, "has only a vocab.json, of the class None"),
+    ({"added_tokens_decoder": ...}, "has only a vocab.json, of the class DreamTokenizer"),
+    ({"added_tokens_decoder": {"900": {"content": "<|x|>", "special": True}}}, r"<\|x\|> in .* cannot have id 900"),
 ])
 def test_a_vocabulary_without_tokenizer_json_that_is_not_known_is_one_sentence(folders, tmp_path, change, said):
-    with pytest.raises(ValueError, match=said) as caught:
-        Tokenizer(copy_of(folders["dream"], tmp_path, **change))
+    with pytest.raises(Mistake, match=said) as caught:
+        load_tokenizer(copy_of(folders["dream"], tmp_path, **change))
     assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_or_missing_file_beside_it_is_one_sentence(folders, tmp_path):
     copy = copy_of(folders["dream"], tmp_path)
     (copy / "merges.txt").unlink()
-    with pytest.raises(ValueError, match="is not a readable tokenizer.json: "):
-        Tokenizer(copy)
-    for text in (b'{"eos_token": ', b"[1, 2]", b"7", b"\x80\x02"):
+    with pytest.raises(Mistake, match="has no readable vocab.json, merges.txt .* in place of"):
+        load_tokenizer(copy)
+    for text, said in ((b'{"eos_token": ', "is not readable JSON: "), (b"[1, 2]", "holds a list, not an"),
+                       (b"7", "holds a int, not an object"), (b"\x80\x02", "is not UTF-8 text")):
         (copy / "tokenizer_config.json").write_bytes(text)
-        with pytest.raises(ValueError, match="tokenizer_config.json is not readable JSON of names and values: ") as caught:
-            Tokenizer(copy)
+        with pytest.raises(Mistake, match=f"tokenizer_config.json {said}") as caught:
+            load_tokenizer(copy)
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [-1, 0, 4, 256, 259])
 def test_a_vocabulary_with_no_room_for_the_bytes_is_refused(size):
-    with pytest.raises(ValueError, match=f"vocab_size={size} is too small: .* need 260 or more"):
+    with pytest.raises(Mistake, match=f"vocab_size={size} is too small: .* need 260 or more"):
         train_tokenizer(["x = 1"], size)
 
 
@@ -759,6 +762,6 @@ def test_a_vocabulary_with_no_room_for_the_bytes_is_refused(size):
 def test_the_smallest_vocabularies_encode_everything(tmp_path_factory, text, size):
     path = tmp_path_factory.getbasetemp() / "smallest.json"
     path.write_text(train_tokenizer(["for i in range(10):\n    print(i)\n" * 3], size).to_str(), encoding="utf-8")
-    tok = Tokenizer(path)
+    tok = load_tokenizer(path)
     assert 260 <= tok.vocab_size <= size
     check_same_ids_and_nothing_lost(tok, text)

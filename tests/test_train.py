@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from conftest import ROOT
+
 from loader import Windows
 from tokenizer import Tokenizer
 

@@ -374,7 +374,10 @@ def prepare(cfg):
     for s in sources:
         s["files"] = sorted({file[0]: file for pattern in s["source"] for file in list_files(pattern)}.values())
     if cfg.tokenizer:
-        from checkpoint import TOKENIZER_FILES, fetch  # here, for it brings what a worker need not wait for
+        from checkpoint import (  # here, for it brings what a worker need not wait for
+            TOKENIZER_FILES,
+            fetch,
+        )
         cfg.tokenizer = str(fetch(cfg.tokenizer, TOKENIZER_FILES))
     given = Tokenizer(cfg.tokenizer, cfg.bos_token) if cfg.tokenizer else None
     given = f"{given.json}{given.bos_id}{given.eos_id}" if given else SPLIT

@@ -20,7 +20,6 @@ import json
 import os
 import re
 import sysconfig
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,7 +89,7 @@ def find_tokenizer(name):
 
     name: a folder, its tokenizer.json, a run such as out/toy, or a model on the Hub.
     """
-    from checkpoint import TOKENIZER_FILES, fetch, find  # only here: they need torch
+    from huggingface import TOKENIZER_FILES, fetch, find  # only here: it needs torch
     folder = fetch(name, TOKENIZER_FILES)
     if folder.name == "tokenizer.json":
         folder = folder.parent
@@ -103,7 +102,8 @@ def find_tokenizer(name):
 
 
 def open_tokenizer(folder, bos_token=""):
-    return Tokenizer(folder, bos_token)
+    from huggingface import load_tokenizer
+    return load_tokenizer(folder, bos_token)
 
 
 def shorten_blanks(text):
@@ -113,10 +113,7 @@ def shorten_blanks(text):
 
 def train_alone(texts, vocab_size):
     """A tokenizer trained on these texts, free of any names in files left by another tokenizer."""
-    with tempfile.TemporaryDirectory() as folder:
-        tok = train_tokenizer(map(shorten_blanks, texts), vocab_size)
-        tok.save(f"{folder}/tokenizer.json")
-        return open_tokenizer(folder)
+    return Tokenizer(train_tokenizer(map(shorten_blanks, texts), vocab_size).to_str(pretty=True))
 
 
 # --- writing --------------------------------------------------------------------------------------

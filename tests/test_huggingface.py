@@ -16,14 +16,15 @@ import huggingface_hub
 import pytest
 import tokenizers
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-import checkpoint
+import huggingface
 import sample
 from attention_kernel import Spans
-from conftest import ROOT
-from tokenizer import Tokenizer
+from configurator import Mistake
+from huggingface import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 AutoModelForCausalLM, AutoTokenizer = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
@@ -254,17 +255,17 @@ def test_a_folder_read_and_written_back_is_the_same_bit_for_bit(tmp_path, monkey
         as_before_transformers_5(folder)
         change(folder / "config.json", drop=() if head_dim or family == "qwen3" else ("head_dim",))  # qwen3 without it means 128
     if files == "several":
-        monkeypatch.setattr(checkpoint, "FILE_BYTES", 40_000)
+        monkeypatch.setattr(huggingface, "FILE_BYTES", 40_000)
     assert len(list(folder.glob("*.safetensors"))) > 1 or files == "one"
-    assert command(checkpoint.main, "export", folder, f"--to={tmp_path / 'ours'}", f"--dtype={dtype}") == 0
+    assert command(huggingface.main, "export", folder, f"--to={tmp_path / 'ours'}", f"--dtype={dtype}") == 0
     ours = tmp_path / "ours"
     check_same_bits(tensors(folder), tensors(ours))
 
     config = json.loads((ours / "config.json").read_text())  # says it in the words of both
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == (12345.0 if old else 10000.0)
 
-    model, tok, _ = checkpoint.load(folder)
-    again, tok_again, _ = checkpoint.load(ours)
+    model, tok, _ = huggingface.load(folder)
+    again, tok_again, _ = huggingface.load(ours)
     assert again.cfg == model.cfg and tok_again.json == tok.json
     check_same_bits(model.state_dict(), again.state_dict())
 
@@ -283,11 +284,11 @@ def test_a_folder_read_and_written_back_is_the_same_bit_for_bit(tmp_path, monkey
 
 def test_weights_go_in_files_of_at_most_that_many_bytes_and_the_index_tells_which(folders, tmp_path, monkeypatch):
     for file_bytes, whole in ((10**9, 1), (30_000, None), (1, None)):
-        monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
-        model, tok, recipe = checkpoint.load(folders["llama"])
+        monkeypatch.setattr(huggingface, "FILE_BYTES", file_bytes)
+        model, tok, recipe = huggingface.load(folders["llama"])
         out = tmp_path / str(file_bytes)
         out.mkdir()
-        checkpoint.write_weights(out, model, torch.float32)
+        huggingface.write_weights(out, weights_of(model), torch.float32)
         files = sorted(out.glob("*.safetensors"))
         check_same_bits(tensors(folders["llama"]), tensors(out))
         if whole:
@@ -303,7 +304,7 @@ def test_weights_go_in_files_of_at_most_that_many_bytes_and_the_index_tells_whic
 
 
 def test_bfloat16_weights_are_the_float32_ones_rounded(folders, tmp_path, command):
-    assert command(checkpoint.main, "export", folders["qwen3"], f"--to={tmp_path / 'b'}", "--dtype=bfloat16") == 0
+    assert command(huggingface.main, "export", folders["qwen3"], f"--to={tmp_path / 'b'}", "--dtype=bfloat16") == 0
     check_same_bits({n: t.bfloat16() for n, t in tensors(folders["qwen3"]).items()}, tensors(tmp_path / "b"))
     assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -311,9 +312,9 @@ def test_bfloat16_weights_are_the_float32_ones_rounded(folders, tmp_path, comman
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_an_exported_folder_says_by_itself_what_it_is(folders, tmp_path, command, name):
     _, words, (objective, shift, block_size, mask) = PUBLISHED[name]
-    assert command(checkpoint.main, "export", folders[name], f"--to={tmp_path / 'ours'}", *words) == 0
+    assert command(huggingface.main, "export", folders[name], f"--to={tmp_path / 'ours'}", *words) == 0
     for folder, asked in ((folders[name], {"block_size": 4} if words else {}), (tmp_path / "ours", {})):
-        cfg, tok, recipe = checkpoint.describe(folder, **asked)
+        cfg, tok, recipe = huggingface.read_description(folder, **asked)
         assert how(recipe) == (objective, shift, block_size)
         assert tok.mask_id == mask and tok.eos_id == 0 and not cfg.tie_embeddings
     check_same_bits(tensors(folders[name]), tensors(tmp_path / "ours"))
@@ -323,8 +324,8 @@ def test_an_exported_folder_says_by_itself_what_it_is(folders, tmp_path, command
 
 def test_an_export_may_be_told_another_objective_and_a_new_mask(folders, tmp_path, command):
     words = ["--objective=block", "--block_size=6", "--shift=true", "--mask_token=<|mask|>"]
-    assert command(checkpoint.main, "export", folders["Seed-Coder"], f"--to={tmp_path / 'ours'}", *words) == 0
-    _, tok, recipe = checkpoint.describe(tmp_path / "ours")
+    assert command(huggingface.main, "export", folders["Seed-Coder"], f"--to={tmp_path / 'ours'}", *words) == 0
+    _, tok, recipe = huggingface.read_description(tmp_path / "ours")
     assert how(recipe) == ("block", True, 6)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert theirs.mask_token == "<|mask|>" and theirs.mask_token_id == tok.mask_id == tok.vocab_size - 1
@@ -333,14 +334,18 @@ def test_an_export_may_be_told_another_objective_and_a_new_mask(folders, tmp_pat
 def test_a_folders_own_code_is_never_run_but_by_verify(folders, tmp_path, command):
     folder = shutil.copytree(folders["Dream"], tmp_path / "Dream")
     (folder / "own_code.py").write_text("raise AssertionError('run')")
-    assert command(checkpoint.main, "export", folder, f"--to={tmp_path / 'ours'}") == 0
+    assert command(huggingface.main, "export", folder, f"--to={tmp_path / 'ours'}") == 0
     assert command(sample.main, f"--init_from={folder}", "--max_new_tokens=2", "--device=cpu") == 0
     with pytest.raises(AssertionError, match="run"):
-        command(checkpoint.main, "verify", folder)
-    assert command(checkpoint.main, "verify", tmp_path / "ours", "--objective=ar") == 0  # an export has none: Qwen2's layers
+        command(huggingface.main, "verify", folder)
+    assert command(huggingface.main, "verify", tmp_path / "ours", "--objective=ar") == 0  # an export has none: Qwen2's layers
 
 
 # --- the same logits --------------------------------------------------------------------------------------------------
+
+def weights_of(model):
+    return {huggingface.tensor_name(n): p.detach() for n, p in model.named_parameters()}
+
 
 def difference(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
@@ -349,7 +354,7 @@ def difference(ours, theirs):
 @pytest.fixture(scope="module")
 def pairs(folders):
     """{family: (our model, transformers')}."""
-    return {f: (checkpoint.load(folders[f])[0], AutoModelForCausalLM.from_pretrained(folders[f]).eval()) for f in FAMILIES}
+    return {f: (huggingface.load(folders[f])[0], AutoModelForCausalLM.from_pretrained(folders[f]).eval()) for f in FAMILIES}
 
 
 @torch.no_grad()
@@ -391,7 +396,7 @@ def test_every_size_in_config_json_is_heeded(tmp_path, family, config):
     write(tmp_path / "f", family, **config)
     tokens = torch.randint(512, (2, 30), generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "f").eval()
-    assert difference(logits_of(checkpoint.load(tmp_path / "f")[0], tokens, 1), theirs(tokens).logits) < TOLERANCE
+    assert difference(logits_of(huggingface.load(tmp_path / "f")[0], tokens, 1), theirs(tokens).logits) < TOLERANCE
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------
@@ -403,15 +408,15 @@ OBJECTIVES = [["--objective=ar"], ["--objective=ar_diffusion"], ["--objective=bi
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("words", OBJECTIVES)
 def test_verify_agrees_with_transformers(folders, command, capsys, family, words):
-    assert command(checkpoint.main, "verify", folders[family], *words) == 0
+    assert command(huggingface.main, "verify", folders[family], *words) == 0
     said = capsys.readouterr().out
-    assert checkpoint.ARCHITECTURES[family] in said and words[0].split("=")[1] in said and "100.0% of the tokens" in said
+    assert huggingface.ARCHITECTURES[family] in said and words[0].split("=")[1] in said and "100.0% of the tokens" in said
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_verify_agrees_with_the_code_a_folder_brings(folders, command, capsys, name):
     _, words, (objective, *_) = PUBLISHED[name]
-    assert command(checkpoint.main, "verify", folders[name], *words) == 0
+    assert command(huggingface.main, "verify", folders[name], *words) == 0
     said = capsys.readouterr().out
     assert objective in said and "100.0% of the tokens" in said
     assert ("Model in" in said) == (name in ("Dream", "CoDA", "SDAR"))  # its own class was run
@@ -419,7 +424,7 @@ def test_verify_agrees_with_the_code_a_folder_brings(folders, command, capsys, n
 
 def test_verify_holds_in_bfloat16_within_its_wider_limit(folders, command, capsys):
     for family in FAMILIES:
-        assert command(checkpoint.main, "verify", folders[family], "--dtype=bfloat16") == 0
+        assert command(huggingface.main, "verify", folders[family], "--dtype=bfloat16") == 0
     assert "limit 1e-01" in capsys.readouterr().out
 
 
@@ -441,35 +446,35 @@ def other_epsilon(folder):
 @pytest.mark.parametrize("alter", [one_number_off, other_rope_theta, other_epsilon])
 def test_verify_disagrees_with_exit_status_1_when_what_transformers_reads_is_not_what_we_read(folders, tmp_path, monkeypatch,
                                                                                                command, capsys, alter):
-    folder, load = shutil.copytree(folders["qwen3"], tmp_path / "f"), checkpoint.load
-    assert command(checkpoint.main, "verify", folder) == 0
+    folder, load = shutil.copytree(folders["qwen3"], tmp_path / "f"), huggingface.load
+    assert command(huggingface.main, "verify", folder) == 0
 
     def load_then_alter(*a, **k):
         found = load(*a, **k)
         alter(folder)
         return found
 
-    monkeypatch.setattr(checkpoint, "load", load_then_alter)
-    assert command(checkpoint.main, "verify", folder) == 1
+    monkeypatch.setattr(huggingface, "load", load_then_alter)
+    assert command(huggingface.main, "verify", folder) == 1
     assert "largest difference of two logits" in capsys.readouterr().out
 
 
 def test_verify_disagrees_when_the_attention_is_another(folders, monkeypatch, command):
-    for more, said in (["--objective=ar"], "sees the whole text"), (["--tokens=1"], "must be from 2"), (["--tokens=97"], "context of 96"):
+    for more, said in (["--objective=ar"], "sees the whole text"), (["--tokens=1"], "tokens is an int from 2"), (["--tokens=97"], "context of 96"):
         with pytest.raises(ValueError, match=said):
-            command(checkpoint.main, "verify", folders["Dream"], *more)
+            command(huggingface.main, "verify", folders["Dream"], *more)
     dense_mask = Spans.dense_mask
     monkeypatch.setattr(Spans, "dense_mask", lambda self: dense_mask(self).tril())  # what theirs is told to see
     for name in ("SDAR", "llama"):
-        assert command(checkpoint.main, "verify", folders[name], "--objective=block", "--block_size=4") == 1
-        assert command(checkpoint.main, "verify", folders[name], "--objective=ar") == 0
+        assert command(huggingface.main, "verify", folders[name], "--objective=block", "--block_size=4") == 1
+        assert command(huggingface.main, "verify", folders[name], "--objective=ar") == 0
 
 
 def test_the_commands_from_outside(folders, tmp_path):
     """As a shell sees them: exit statuses, and a sentence for a mistake."""
     def shell(*words):
         env = {"PATH": "/usr/bin", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-        return subprocess.run([sys.executable, "checkpoint.py", *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "huggingface.py", *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True)
 
     found = shell("verify", folders["Dream"])
     assert found.returncode == 0 and "100.0% of the tokens" in found.stdout
@@ -511,41 +516,41 @@ def how(recipe):
     (LLAMA | {"objective": None, "shift": None, "block_size": None}, {}, ("ar", True, 1)),
 ])
 def test_the_user_goes_before_config_json_and_config_json_before_its_model_type(hf, asked, expected):
-    assert how(checkpoint.recipe_of(hf, MASKED, **asked)) == expected
+    assert how(huggingface.recipe_of(hf, MASKED, **asked)) == expected
 
 
 @pytest.mark.parametrize("hf, asked", [({"model_type": "sdar"}, {}), (LLAMA, {"objective": "block"}), (OURS | {"objective": "ar"},
                                        {"objective": "block"}), ({"model_type": "CoDA"}, {"objective": "block", "shift": True})])
 def test_a_block_size_that_nobody_says_is_asked_for(hf, asked):
     with pytest.raises(ValueError, match="needs a block_size, which config.json does not say: give --block_size"):
-        checkpoint.recipe_of(hf, MASKED, **asked)
+        huggingface.recipe_of(hf, MASKED, **asked)
 
 
 @pytest.mark.parametrize("hf, asked, said", [
-    (LLAMA, {"objective": "block", "block_size": 0}, "block_size=0 must be 1 or more"),
+    (LLAMA, {"objective": "block", "block_size": 0}, "block_size=0 does not fit: block_size is an int from 1"),
     (LLAMA, {"shift": False}, "shift=False is not possible"),
-    (LLAMA | {"objective": "magic"}, {}, "objective='magic' must be one of")])
+    (LLAMA | {"objective": "magic"}, {}, "objective='magic' does not fit: .* is one of ar, ")])
 def test_a_recipe_that_cannot_be_is_refused(hf, asked, said):
     with pytest.raises(ValueError, match=said):
-        checkpoint.recipe_of(hf, MASKED, **asked)
+        huggingface.recipe_of(hf, MASKED, **asked)
 
 
 def test_a_mask_that_nobody_names_is_asked_for_and_taken_by_name(folders):
     for objective in ("block", "bidirectional", "ar_diffusion"):
         with pytest.raises(ValueError, match=f"{objective}.*names none: say which with --mask_token"):
-            checkpoint.load(folders["Seed-Coder"], objective=objective, block_size=4)
-        _, tok, _ = checkpoint.load(folders["Seed-Coder"], objective=objective, block_size=4, mask_token="<|mask|>")
-        assert tok.mask_id == tok.vocab_size - 1 == Tokenizer(folders["Seed-Coder"]).vocab_size  # the next id, a row that padded
-    assert checkpoint.load(folders["Seed-Coder"], mask_token="<|im_start|>")[1].mask_id == 1
+            huggingface.load(folders["Seed-Coder"], objective=objective, block_size=4)
+        _, tok, _ = huggingface.load(folders["Seed-Coder"], objective=objective, block_size=4, mask_token="<|mask|>")
+        assert tok.mask_id == tok.vocab_size - 1 == load_tokenizer(folders["Seed-Coder"]).vocab_size  # the next id, a row that padded
+    assert huggingface.load(folders["Seed-Coder"], mask_token="<|im_start|>")[1].mask_id == 1
 
 
 def test_a_mask_for_which_the_model_has_no_row_is_refused(tmp_path):
     write_tokenizer(tmp_path / "f")
-    full = Tokenizer(tmp_path / "f").vocab_size
+    full = load_tokenizer(tmp_path / "f").vocab_size
     write(tmp_path / "f", "llama", vocab_size=full)
-    checkpoint.load(tmp_path / "f")
+    huggingface.load(tmp_path / "f")
     with pytest.raises(ValueError, match=f"its tokenizer has {full + 1} ids, its model only {full}"):
-        checkpoint.load(tmp_path / "f", objective="block", block_size=4, mask_token="<|mask|>")
+        huggingface.load(tmp_path / "f", objective="block", block_size=4, mask_token="<|mask|>")
 
 
 def test_embeddings_are_tied_exactly_where_config_json_does_not_say_and_no_head_is_there(tmp_path):
@@ -553,7 +558,7 @@ def test_embeddings_are_tied_exactly_where_config_json_does_not_say_and_no_head_
         for shards in ("5GB", "40KB"):
             folder = write(tmp_path / f"{tied}{shards}", "llama", shards=shards, tie_word_embeddings=tied)
             change(folder / "config.json", drop=("tie_word_embeddings",))
-            assert checkpoint.load(folder)[0].cfg.tie_embeddings == tied
+            assert huggingface.load(folder)[0].cfg.tie_embeddings == tied
 
 
 # --- one sentence for what cannot be ----------------------------------------------------------------------------------
@@ -564,10 +569,10 @@ def copy_of(folders, tmp_path):
 
 
 @pytest.mark.parametrize("name, values, said", [
-    ("llama", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "model_type='gpt2' is not one of .*llama, qwen2"),
-    ("llama", {"model_type": "mixtral", "architectures": None}, "model_type='mixtral' is not one of"),
-    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "rope_type='llama3' is not supported"),
-    ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope_type='yarn' is not supported"),
+    ("llama", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "model_type='gpt2' in config.json is not one of .*llama, qwen2"),
+    ("llama", {"model_type": "mixtral", "architectures": None}, "model_type='mixtral' in config.json is not one of"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}}, "rope_type='llama3' in config.json is not supported"),
+    ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope_type='yarn' in config.json is not supported"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True in config.json is not supported: only False is"),
     ("llama", {"attention_bias": True}, "attention_bias=True in config.json is not supported: only False is"),
     ("qwen3", {"attention_bias": True}, "attention_bias=True in config.json is not supported: only False is"),
@@ -585,7 +590,7 @@ def test_a_config_json_that_we_cannot_follow_is_one_sentence(copy_of, name, valu
     folder = copy_of(name)
     change(folder / "config.json", **values)
     with pytest.raises(ValueError, match=said) as error:
-        checkpoint.load(folder)
+        huggingface.load(folder)
     assert "\n" not in str(error.value)
 
 
@@ -600,49 +605,49 @@ def altered(path, change):
 
 
 @pytest.mark.parametrize("spoil, error, said", [
-    (lambda f: shard(f, 1).unlink(), FileNotFoundError, "is not a whole checkpoint: model-00002-of-0.*safetensors is missing"),
+    (lambda f: shard(f, 1).unlink(), Mistake, "is incomplete: model-00002-of-0.*safetensors is missing"),
     (lambda f: shard(f, 1).write_bytes(shard(f, 1).read_bytes()[:-7]), ValueError, "model-00002-of-0.*is damaged"),
     (lambda f: shard(f, 0).write_bytes(b"\xff" * 400), ValueError, "model-00001-of-0.*is damaged"),
     (lambda f: altered(shard(f, 1), lambda t: t.pop(min(t))), ValueError, "is damaged"),
-    (lambda f: (f / "model.safetensors.index.json").write_text("{"), ValueError, "index.json is damaged"),
-    (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is damaged"),
-    (lambda f: (f / "tokenizer.json").unlink(), FileNotFoundError, "no tokenizer at"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{"), ValueError, "index.json is not readable JSON"),
+    (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json is not readable JSON"),
+    (lambda f: (f / "tokenizer.json").unlink(), Mistake, "no tokenizer at"),
     (lambda f: altered(shard(f, 0), lambda t: t.update({min(t): torch.zeros(3, 2)})), ValueError, r"has shape \[3, 2\], not \["),
 ])
 def test_a_folder_that_is_not_whole_is_one_sentence(copy_of, spoil, error, said):
     folder = copy_of("SDAR")  # in several files
     spoil(folder)
     with pytest.raises(error, match=said):
-        checkpoint.load(folder, block_size=4)
+        huggingface.load(folder, block_size=4)
 
 
 def test_a_tensor_too_many_or_too_few_is_one_sentence(copy_of):
     folder = copy_of("qwen3")
     altered(folder / "model.safetensors", lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}))
     with pytest.raises(ValueError, match="model.layers.0.self_attn.q_proj.bias is unknown"):
-        checkpoint.load(folder)
+        huggingface.load(folder)
     altered(folder / "model.safetensors", lambda t: [t.pop(n) for n in list(t) if "q_proj.bias" in n or "1.self_attn.k_norm" in n])
     with pytest.raises(ValueError, match="model.layers.1.self_attn.k_norm.weight is missing"):
-        checkpoint.load(folder)
+        huggingface.load(folder)
 
 
 def test_pickled_weights_alone_are_not_read(copy_of):
     folder = copy_of("llama")
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="model.safetensors is missing"):
-        checkpoint.load(folder)
+    with pytest.raises(Mistake, match="model.safetensors is missing"):
+        huggingface.load(folder)
 
 
 def test_a_name_on_the_hub_is_fetched_once_without_what_is_not_read(folders, monkeypatch):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.append((name, k)) or str(folders["CoDA"]))
-    assert checkpoint.find("Salesforce/CoDA-v0-Base") == folders["CoDA"]
+    assert huggingface.find("Salesforce/CoDA-v0-Base") == folders["CoDA"]
     (name, options), = asked
     assert name == "Salesforce/CoDA-v0-Base" and "pytorch_model.bin" not in str(options)
     needed = [p.name for p in folders["CoDA"].iterdir()] + ["merges.txt", "model-00001-of-00002.safetensors", "chat_template.jinja"]
     assert all(any(fnmatch.fnmatch(n, p) for p in options["allow_patterns"]) for n in needed)
-    assert checkpoint.load("Salesforce/CoDA-v0-Base")[2].objective == "bidirectional"
+    assert huggingface.load("Salesforce/CoDA-v0-Base")[2].objective == "bidirectional"
 
 
 def test_without_network_the_error_says_what_to_download_from_where(monkeypatch, command):
@@ -650,8 +655,8 @@ def test_without_network_the_error_says_what_to_download_from_where(monkeypatch,
         raise OSError("We couldn't connect to 'https://huggingface.co'\nand many more lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(FileNotFoundError) as error:
-        command(checkpoint.main, "verify", "ByteDance-Seed/Seed-Coder-8B-Base")
+    with pytest.raises(Mistake) as error:
+        command(huggingface.main, "verify", "ByteDance-Seed/Seed-Coder-8B-Base")
     said = str(error.value)
     assert "We couldn't connect" in said and "*.safetensors" in said and "*.json" in said and "\n" not in said
     assert "huggingface.co/ByteDance-Seed/Seed-Coder-8B-Base into a folder and name that" in said
@@ -662,24 +667,24 @@ def test_what_is_no_name_on_the_hub_is_never_looked_up_there(monkeypatch, tmp_pa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("went to the Hub"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").mkdir()
-    with pytest.raises(FileNotFoundError, match=f"no checkpoint in .*{name.split('/')[-1]}"):
-        checkpoint.find(name)
+    with pytest.raises(Mistake, match=f"no checkpoint in .*{name.split('/')[-1]}"):
+        huggingface.find(name)
 
 
 def test_an_export_goes_only_where_nothing_is_yet(folders, tmp_path, command):
     (tmp_path / "there").mkdir()
     for words in ([], [f"--to={tmp_path / 'there'}"]):
         with pytest.raises(ValueError, match="must name a folder that does not exist yet: --to=FOLDER"):
-            command(checkpoint.main, "export", folders["llama"], *words)
+            command(huggingface.main, "export", folders["llama"], *words)
     assert list((tmp_path / "there").iterdir()) == []
-    assert command(checkpoint.main, "export", folders["llama"], f"--to={tmp_path / 'a' / 'new'}/") == 0  # as a shell completes it
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["new"] and checkpoint.load(tmp_path / "a" / "new")
+    assert command(huggingface.main, "export", folders["llama"], f"--to={tmp_path / 'a' / 'new'}/") == 0  # as a shell completes it
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["new"] and huggingface.load(tmp_path / "a" / "new")
 
 
 @pytest.mark.parametrize("words", [["verify"], ["verify", "--dtype=bfloat16"], ["import", "x"], ["x"]])
 def test_a_command_that_is_none_says_which_are(command, words):
-    with pytest.raises(ValueError, match="is not whole: `python checkpoint.py verify FOLDER` and .* are"):
-        command(checkpoint.main, *words)
+    with pytest.raises(ValueError, match="is incomplete: `python huggingface.py verify FOLDER` and .* are the commands"):
+        command(huggingface.main, *words)
 
 
 # --- sampling and training from a folder ------------------------------------------------------------------------------
@@ -706,7 +711,7 @@ def test_sample_writes_with_each_folder_as_its_objective_has_it(folders, command
     how = f"block, K = {block_size}" if objective == "block" else objective
     assert f"{folders[name]}: {how}, {'shift' if shift else 'no shift'}, mask {mask}, float32 on cpu" in said
     assert "--- sample 1 of 1\ndef f" in said and "tokens/s" in said
-    (ids,), tok = drawn, Tokenizer(folders[name])
+    (ids,), tok = drawn, load_tokenizer(folders[name])
     assert tok.decode(ids) in said and len(ids) <= 12
 
 
@@ -716,7 +721,7 @@ def test_rows_that_pad_the_embedding_are_never_drawn(folders, command, drawn, na
     _, words, (*_, mask) = PUBLISHED[name]
     command(sample.main, f"--init_from={folders[name]}", "--prompt=x", "--max_new_tokens=24", "--samples=4", "--temperature=50",
             "--device=cpu", *words)
-    ids, size = sum(drawn, []), Tokenizer(folders[name]).vocab_size
+    ids, size = sum(drawn, []), load_tokenizer(folders[name]).vocab_size
     assert size < 320 and len(ids) > 10 and max(ids) < size and mask not in ids and max(ids) > 100
 
 
@@ -741,7 +746,7 @@ def prepared(tmp_path_factory, data_folder):
     folder = write(root / "folder", "llama")
     source = root / "source"
     source.mkdir()
-    for i, name in enumerate(["checkpoint.py", "sample.py", "loader.py", "model.py", "plan.py", "parallel.py", "configurator.py"]):
+    for i, name in enumerate(["huggingface.py", "sample.py", "loader.py", "model.py", "plan.py", "parallel.py", "configurator.py"]):
         shutil.copy(ROOT / name, source / f"f{i}.py")
     subprocess.run([sys.executable, "-m", "data.stdlib.prepare", f"--source={source}", f"--out={root / 'data'}",
                     f"--tokenizer={folder}", "--val_percent=30"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -764,10 +769,10 @@ def test_training_goes_on_from_a_folder_with_a_new_mask_and_the_run_samples_veri
     folder, data = prepared
     words = [f"--data={data}", f"--out={tmp_path / 'run'}", "--objective=block", "--block_size=3", "--mask_token=<|mask|>"]
     train(*words, f"--init_from={folder}", "--max_steps=2", "--lr=1e-30", "--min_lr=0", "--weight_decay=0")
-    run = checkpoint.find(tmp_path / "run")
+    run = huggingface.find(tmp_path / "run")
     check_same_bits(tensors(folder), tensors(run))  # steps of no length: what training began with is the folder's
-    mask = Tokenizer(folder).vocab_size
-    cfg, tok, recipe = checkpoint.describe(run)
+    mask = load_tokenizer(folder).vocab_size
+    cfg, tok, recipe = huggingface.read_description(run)
     assert (how(recipe), tok.mask_id) == (("block", False, 3), mask) and cfg.vocab_size == 512
     assert AutoTokenizer.from_pretrained(run).mask_token_id == json.loads((run / "config.json").read_text())["mask_token_id"] == mask
 
@@ -775,17 +780,17 @@ def test_training_goes_on_from_a_folder_with_a_new_mask_and_the_run_samples_veri
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines if "loss" in m] == [0, 1, 2, 3]
     assert [m["step"] for m in lines if "val_nelbo" in m] == [0, 2, 4]
-    changed = {n for n, t in tensors(checkpoint.find(tmp_path / "run")).items() if not torch.equal(t, tensors(folder)[n])}
+    changed = {n for n, t in tensors(huggingface.find(tmp_path / "run")).items() if not torch.equal(t, tensors(folder)[n])}
     assert changed == tensors(folder).keys()
-    embed = tensors(checkpoint.find(tmp_path / "run"))["model.embed_tokens.weight"] - tensors(folder)["model.embed_tokens.weight"]
+    embed = tensors(huggingface.find(tmp_path / "run"))["model.embed_tokens.weight"] - tensors(folder)["model.embed_tokens.weight"]
     assert embed[mask].abs().max() > 1e-3  # the new token was in the input
 
     assert command(sample.main, f"--init_from={tmp_path / 'run'}", "--max_new_tokens=9", "--device=cpu") == 0
     assert f"block, K = 3, no shift, mask {mask}" in capsys.readouterr().out
-    assert command(checkpoint.main, "verify", tmp_path / "run") == 0
+    assert command(huggingface.main, "verify", tmp_path / "run") == 0
     assert "LlamaForCausalLM in float32, block" in capsys.readouterr().out
-    assert command(checkpoint.main, "export", tmp_path / "run", f"--to={tmp_path / 'published'}") == 0
-    check_same_bits(tensors(checkpoint.find(tmp_path / "run")), tensors(tmp_path / "published"))
+    assert command(huggingface.main, "export", tmp_path / "run", f"--to={tmp_path / 'published'}") == 0
+    check_same_bits(tensors(huggingface.find(tmp_path / "run")), tensors(tmp_path / "published"))
 
 
 def test_training_from_a_folder_refuses_other_sizes_other_data_and_a_longer_context(prepared, data_folder, tmp_path):

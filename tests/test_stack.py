@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from data.stack import prepare as stack
 from data.stack.prepare import Config
-from data.stack.sources import ENDINGS, fault, lines, read_mixture, read_texts
+from data.stack.sources import ENDINGS, chunks, fault, lines, read_mixture, read_texts
 from loader import Windows
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -137,7 +137,7 @@ def test_every_format_gives_the_same_bytes_and_every_document_is_its_text(tmp_pa
 @given(st.lists(st.binary(max_size=9)), st.integers(1, 7))
 def test_lines_are_those_between_line_ends_whatever_the_chunks(parts, size):
     content = b"\n".join(parts)
-    assert list(lines(io.BytesIO(content), size)) == content.split(b"\n")
+    assert list(lines(chunks(io.BytesIO(content), size))) == content.split(b"\n")
 
 
 @settings(max_examples=30, deadline=None)
@@ -318,7 +318,7 @@ def prepare_and_die(out, calls, **cfg):
                 os._exit(0)
             return function(*args, **kwargs)
         return wrapped
-    for name in ("commit", "write_aside"):
+    for name in ("commit", "write_text"):
         setattr(stack, name, mortal(getattr(stack, name)))
     stack.Shards.add = mortal(stack.Shards.add)
     try:
@@ -393,11 +393,11 @@ def test_a_longer_run_killed_thirty_times_goes_on_to_the_same_bytes(tmp_path, to
 
 
 def test_finished_parts_are_kept(tmp_path, tok, corpus, monkeypatch):
-    out, made, real = tmp_path / "out", [], stack.write_aside
+    out, made, real = tmp_path / "out", [], stack.write_text
     prepare_and_die(out, 1, source=str(corpus), tokenizer=tok)  # before the first part's .json: it does not count
     assert sorted(p.name for p in out.glob("parts/0*")) == ["0000000.bin", "0000000.docs"]
     prepare_and_die(out, 1, source=str(corpus), tokenizer=tok)  # after it
-    monkeypatch.setattr(stack, "write_aside", lambda path, write: (made.append(path.name), real(path, write)))
+    monkeypatch.setattr(stack, "write_text", lambda path, text: (made.append(path.name), real(path, text)))
     prepare(out, source=str(corpus), tokenizer=tok)
     assert made == [f"{n:07d}.json" for n in range(1, 8)] + ["meta.json"]
 

@@ -11,8 +11,8 @@ work; a run that was interrupted goes on with the same command.
 A source is .jsonl, .jsonl.gz, .jsonl.zst or .parquet files: a file, a glob, a folder, or a URL
 that fsspec opens, such as hf://datasets/OWNER/NAME/data/*.parquet. A mixture is a JSON list of
 {"name", "source" (one or a list of them), "weight", "text" (the column with the document)} and,
-where wanted, "language_column", "languages" (to keep), "licence" and "note". coda.json and code.json
-say under what terms their sources come, and what of it could not be confirmed.
+where wanted, "language_column", "languages" (to keep), "licence" and "note". coda.json and
+code.json say under what terms their sources come, and what of it could not be confirmed.
 
 Writes train_00000.bin, train_00000.idx, val_00000.bin and so on as data/stdlib/prepare.py does,
 tokenizer.json, and meta.json last: without it loader.py refuses the folder. Documents stand in the

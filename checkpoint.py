@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from attention_kernel import Spans
+from spans import Spans
 from configurator import configure
 from diffusion import Recipe
 from model import ModelConfig, Transformer, my_rows

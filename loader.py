@@ -33,6 +33,10 @@ class Batch:
     maskable: torch.Tensor  # (B, T) bool: all but the first token of each document
     epochs: np.ndarray  # (B,) int64: how often the whole split had been read before this row
 
+    def select(self, rows):
+        """Copies of these rows, a list of numbers."""
+        return Batch(**{name: x[rows] for name, x in vars(self).items()})
+
 
 class Windows:
     """All windows of T tokens of one split of a data folder.

@@ -1,60 +1,61 @@
 """The transformer: Llama, Qwen2 and Qwen3 by configuration; its KV cache; its vocabulary loss.
 
-    tokens (B, S) --embed_tokens--> (B, S, d_model) --n_layer blocks--> hidden (B, S, d_model) --lm_head--> logits
+    tokens (B, S) --embed_tokens--> (B, S, d_model) --n_layer blocks--> hidden --lm_head--> logits
 
-A block is attention over the spans (attention_kernel.py) and a SwiGLU MLP, each behind an RMSNorm and added to the
-residual stream. Nothing here knows about noise: what the model predicts, and where, is diffusion.py's.
-Modules carry Hugging Face's names, so a checkpoint's tensors need no translation.
+A block is attention over the spans (attention_kernel.py) and a SwiGLU MLP, each behind an RMSNorm
+and added to the residual stream. Nothing here knows about noise: what the model predicts, and
+where, is the concern of diffusion.py. Modules carry Hugging Face's names, so that a checkpoint's
+tensors need no translation.
 
-Not covered: dropout, mixture of experts, scaled RoPE variants.
+Not covered: many processes (parallel.py), dropout, mixture of experts, scaled RoPE variants.
 """
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from attention_kernel import attention
+from configurator import Float, Int, Mistake, check_fields
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in float32: the most logits that the loss ever holds
 
 
 @dataclass
 class ModelConfig:
-    vocab_size: int
-    d_model: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    head_dim: int
-    d_ff: int
-    context: int  # longest sequence, in tokens
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
+    vocab_size: Int(1, 2**24)
+    d_model: Int(1, 2**17)
+    n_layer: Int(1, 1000)
+    n_head: Int(1, 1024)
+    n_kv_head: Int(1, 1024)
+    head_dim: Int(2, 1024)
+    d_ff: Int(1, 2**20)
+    context: Int(1, 2**24)  # longest sequence, in tokens
+    rope_theta: Float(1, 1e12) = 1e6
+    norm_eps: Float(1e-12, 1) = 1e-6
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
     tie_embeddings: bool = True
 
     def __post_init__(self):
-        sizes = ("vocab_size", "d_model", "n_layer", "n_head", "n_kv_head", "head_dim", "d_ff", "context")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        check_fields(self)
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}: "
-                             "each key/value head serves the same number of query heads")
+            raise Mistake(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}: "
+                          "each key/value head serves the same number of query heads")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs of channels")
+            raise Mistake(f"head_dim={self.head_dim} must be even: RoPE rotates pairs of channels")
         if self.qkv_bias and self.qk_norm:
-            raise ValueError("qkv_bias (Qwen2) and qk_norm (Qwen3) exclude each other: no published family has both")
+            raise Mistake("qkv_bias (Qwen2) and qk_norm (Qwen3) exclude each other: "
+                          "no published family has both")
 
 
 def rope_angles(positions, head_dim, theta):
-    """cos and sin of every position's rotations (RoFormer §3.2.2). positions: (B, S), counted in the token's document.
+    """cos and sin of every position's rotations (RoFormer §3.2.2).
 
-    Returns two (B, 1, S, head_dim/2) float32: channel pair c turns by position · theta^(-2c / head_dim).
+    positions: (B, S), counted in the token's document.
+    Returns two (B, 1, S, head_dim/2) float32: pair c of channels rotates by
+    position · theta^(-2c / head_dim).
     """
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angle = positions[:, None, :, None].float() * theta ** (-pairs / head_dim)
@@ -62,7 +63,7 @@ def rope_angles(positions, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """x (B, heads, S, head_dim) turned by its position's angles, channel c paired with c + head_dim/2 as in Llama."""
+    """x (B, heads, S, head_dim) rotated; channel c is paired with c + head_dim/2, as in Llama."""
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
@@ -80,17 +81,21 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
             self.k_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
 
-    def forward(self, x, spans, angles, cached):
+    def forward(self, x, spans, angles, cached=None, read=None):
         B, S, _ = x.shape
-        q, k, v = (proj(x).view(B, S, -1, self.cfg.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (B, S, -1, self.cfg.head_dim)
+        q = self.q_proj(x).view(heads)
+        k = self.k_proj(x).view(heads)
+        v = self.v_proj(x).view(heads)
         if self.cfg.qk_norm:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, S, head_dim)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cached is not None:
             k, v = cached(k, v)  # (B, n_kv_head, cache length + S, head_dim)
-        out = attention(q, k, v, spans)
-        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+        out = attention(q, k, v, spans)  # (B, n_head, S, head_dim)
+        out = out.transpose(1, 2).reshape(B, S, -1)
+        return self.o_proj(rows(out, read))
 
 
 class MLP(nn.Module):
@@ -114,26 +119,22 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, spans, angles, cached=None):
-        x = x + self.self_attn(self.input_layernorm(x), spans, angles, cached)
+    def forward(self, x, spans, angles, cached=None, read=None):
+        attended = self.self_attn(self.input_layernorm(x), spans, angles, cached, read)
+        x = rows(x, read) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def my_rows(p):
-    """A weight as this process holds it: (tensor, slice), its own rows and which ones of the whole they are.
-
-    FSDP splits dimension 0 into equal chunks, the last ones short or empty; a weight that is not sharded is whole.
-    """
-    if not isinstance(p, DTensor):
-        return p, slice(0, p.shape[0])
-    split = [isinstance(placement, Shard) for placement in p.placements].index(True)
-    chunk = -(-p.shape[0] // p.device_mesh.size(split))
-    first = min(p.device_mesh.get_local_rank(split) * chunk, p.shape[0])
-    return p.to_local(), slice(first, first + p.to_local().shape[0])
+def rows(x, read):
+    """The (N, d) rows of x (B, S, d) that `read` (N,) names, as row · S + position; None: x."""
+    return x if read is None else x.flatten(0, 1).index_select(0, read)
 
 
 class Transformer(nn.Module):
-    """cfg: a ModelConfig. `model(tokens, spans)` gives hidden states; `model.logits` and `model.token_loss` read them."""
+    """cfg: a ModelConfig.
+
+    `model(tokens, spans)` gives hidden states; `model.logits` and `model.token_loss` read them.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -147,30 +148,37 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal(0, 0.02), the two projections into the residual stream smaller by √(2·n_layer) (GPT-2 §2.3).
-
-        Each process draws every weight whole, one at a time, and keeps its own rows: the same model however it is sharded.
-        """
+        """Draw all weights anew, in order."""
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 / (2 * self.cfg.n_layer) ** 0.5 if into_residual else 0.02
-                whole = torch.empty(p.shape).normal_(std=std)
-            else:
-                whole = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
-            mine, rows = my_rows(p)
-            mine.copy_(whole[rows])
+            p.copy_(self.first_weight(name, p.shape))
 
-    def forward(self, tokens, spans, cache=None):
+    def first_weight(self, name, shape):
+        """A weight before training, on the CPU: Normal(0, 0.02), smaller by √(2·n_layer) where it
+        projects into the residual stream (GPT-2 §2.3). Norms are 1, biases 0."""
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if len(shape) == 1:
+            return torch.ones(shape)
+        std = 0.02
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * self.cfg.n_layer) ** 0.5
+        return torch.empty(shape).normal_(std=std)
+
+    def forward(self, tokens, spans, cache=None, read=None):
         """Hidden states after the final norm.
 
-        tokens: (B, S) int64. spans: Spans of these S positions. cache: a KVCache whose first `cache.length` positions
-        come before them; theirs are written behind. Returns (B, S, d_model).
+        tokens: (B, S) int64. spans: Spans of these S positions. cache: a KVCache whose first
+        `cache.length` positions come before them; theirs are written behind.
+        read: (N,) int64, the positions whose hidden states are wanted, as row · S + position.
+        Returns (B, S, d_model), or (N, d_model) where `read` is given: the last block then computes
+        only what these positions need, its keys and values everywhere and the rest there.
         """
         angles = rope_angles(spans.positions, self.cfg.head_dim, self.cfg.rope_theta)
         x = self.embed_tokens(tokens)  # (B, S, d_model)
+        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x = layer(x, spans, angles, cache and cache.of_layer(i))
+            cached = cache.of_layer(i) if cache is not None else None
+            x = layer(x, spans, angles, cached, read if i == last else None)
         return self.norm(x)
 
     @property
@@ -186,24 +194,24 @@ class Transformer(nn.Module):
         """Cross entropy of each position, in nats, without ever holding all logits.
 
         hidden: (N, d_model), the scored positions alone. targets: (N,) int64. Returns (N,) float32.
-        A chunk of positions at a time is projected on the vocabulary, and once more in the backward pass.
+        A chunk of positions at a time is projected on the vocabulary, once more in the backward.
         """
         chunk = max(1, LOGITS_AT_ONCE // self.cfg.vocab_size)
 
-        def of_chunk(h, y):
+        def loss_of(h, y):
             return F.cross_entropy(self.logits(h), y, reduction="none")
 
         if len(targets) <= chunk:
-            return of_chunk(hidden, targets)
-        return torch.cat([checkpoint(of_chunk, h, y, use_reentrant=False)
-                          for h, y in zip(hidden.split(chunk), targets.split(chunk))])
+            return loss_of(hidden, targets)
+        chunks = zip(hidden.split(chunk), targets.split(chunk))
+        return torch.cat([checkpoint(loss_of, h, y, use_reentrant=False) for h, y in chunks])
 
 
 class KVCache:
     """Keys and values of the tokens decoded so far, for every layer, in buffers of a fixed size.
 
-    A forward of S tokens writes theirs at [length, length + S) and attends to all before. The caller then moves
-    `length` over those that will not change; the rest are overwritten by the next forward.
+    A forward of S tokens writes theirs at [length, length + S) and attends to all before. The
+    caller then moves `length` over those that are final; the next forward overwrites the rest.
     """
 
     def __init__(self, cfg, batch, size):
@@ -212,11 +220,41 @@ class KVCache:
         self.length = 0
 
     def of_layer(self, i):
-        """A function (k, v) of S new tokens -> (k, v) of all tokens up to and with them."""
+        """A function (k, v) of S new tokens -> (k, v) of all tokens up to and including them."""
         def extend(k, v):
             if self.k is None:
                 self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
             end = self.length + k.shape[2]
-            self.k[i, :, :, self.length:end], self.v[i, :, :, self.length:end] = k, v
+            self.k[i, :, :, self.length:end] = k
+            self.v[i, :, :, self.length:end] = v
             return self.k[i, :, :, :end], self.v[i, :, :, :end]
         return extend
+
+
+# --- where it runs -------------------------------------------------------------------------------
+
+def pick_device(asked):
+    """'cuda', 'mps' or 'cpu': the one asked for, or under 'auto' the first that is available.
+
+    Raises Mistake if it is not available.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if asked == "auto":
+        return available[0]
+    if asked not in available:
+        raise Mistake(f"device={asked!r} is not available here; --device={available[0]} is")
+    return asked
+
+
+def fast_dtype(device):
+    """'bfloat16' where the device ('cuda', 'mps' or 'cpu') multiplies it fast, else 'float32'."""
+    fast = False
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"

@@ -1,17 +1,22 @@
-"""Many processes, one model: the process group, FSDP2, activation checkpointing, and an Adafactor that is sharded too.
+"""Many processes, one model: the process group, FSDP2, activation checkpointing, micro-batches, the
+update, and an Adafactor that is sharded too.
 
-    torchrun --nproc_per_node=8 train.py config/8b.py                        # one node
-    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py config/8b.py --shard_ranks=8
+    torchrun --nproc_per_node=8 train.py config/8b.py                         # one node
+    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train.py config/8b.py --shard_ranks=8                                 # eight nodes
 
-(to survive a lost process on several nodes, see `meeting_place`)
+(To survive a lost process on several nodes, see `meeting_place`.)
 
-Every process runs the same script on its own rows of the global batch. FSDP2 cuts each weight, its gradient and its
-optimizer state into equal rows, one part a process (ZeRO-3): a block's weights are gathered when it runs and given back after,
-its gradients are summed and cut again. Master weights are float32, the gathered copies in `dtype`, sums in float32.
-With `shard_ranks` (HSDP, hybrid sharding) that many processes share a copy, a node's say, and the copies exchange gradients.
+Every process runs the same script on its own rows of the global batch. FSDP2 cuts each weight, its
+gradient and its optimizer state into equal parts by rows, one per process (ZeRO-3): a block's
+weights are gathered when it runs and freed after, its gradients are summed and cut again. Master
+weights are float32, the gathered copies have `dtype`, sums are float32. With `shard_ranks` (HSDP,
+hybrid sharding) that many processes share a copy, and the copies exchange gradients.
 
-gloo on CPUs and NCCL on GPUs run the same code. Not covered: tensor, pipeline and context parallelism, CPU offload.
+gloo on CPUs and NCCL on GPUs run the same code.
+Not covered: tensor, pipeline and context parallelism, CPU offload.
 """
+import math
 import os
 from dataclasses import dataclass
 from functools import partial
@@ -20,20 +25,31 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-import attention_kernel  # noqa: F401, defines torch.ops.nanodiffcoder.attention
+from attention_kernel import why_tiled
+from configurator import Mistake
+from model import Transformer
 
+
+# --- the processes -------------------------------------------------------------------------------
 
 @dataclass
 class World:
-    """The processes of a run. rank: this one's number of `size`. mesh: None where the model is not sharded."""
+    """The processes of a run. rank: this one's number of `size`.
+
+    mesh: None where the model is not sharded. owns_group: whether `start` created the group.
+    """
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
-    group_made: bool = False  # here, and not by whoever called
+    owns_group: bool = False
 
     def sum(self, *values):
         """The sums of these numbers over all processes, as floats (exact for counts below 2^53)."""
@@ -42,173 +58,357 @@ class World:
             dist.all_reduce(total)  # on the CPU, through gloo: the GPU need not stop for it
         return total.tolist()
 
-    def first(self, value):
-        """What the first process has here, on all of them."""
-        values = [value]
+    def first(self, ask):
+        """What ask() returns on the first process, on all; a Mistake or OSError likewise."""
+        answer = [None]
+        if self.rank == 0:
+            try:
+                answer = [ask()]
+            except (Mistake, OSError) as error:
+                answer = [error]
         if self.size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+            dist.broadcast_object_list(answer)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return answer[0]
+
+    def say(self, text):
+        """Print a line, once."""
+        if self.rank == 0:
+            print(text, flush=True)
 
     def leave(self):
-        """End the process group, at a clean end only: after an error it would wait for processes that wait for this one."""
-        if self.group_made:
+        """End the process group. At a clean end only: after an error it would wait for others."""
+        if self.owns_group:
             dist.destroy_process_group()
-
-
-def pick_device(asked):
-    """'cuda', 'mps' or 'cpu': the one asked for, or under 'auto' the first that is there. Raises ValueError if it is not."""
-    there = [name for name, is_there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
-                                         ("cpu", True)) if is_there]
-    if asked not in ("auto", *there):
-        raise ValueError(f"device={asked!r} is not available here; --device={there[0]} is")
-    return there[0] if asked == "auto" else asked
 
 
 def start(device, shard_ranks=0):
     """Join the processes that torchrun started, or be the only one. Returns a World.
 
-    device: 'cuda', 'mps' or 'cpu'. shard_ranks: processes that share one copy of the weights; 0: all of them.
+    device: 'cuda', 'mps' or 'cpu'. shard_ranks: processes that share a copy of the weights; 0: all.
     On CUDA a single process is sharded as well, over itself: the same mixed precision everywhere.
+    Raises Mistake where the processes cannot be arranged so.
     """
     launched = "WORLD_SIZE" in os.environ
     size = int(os.environ.get("WORLD_SIZE", 1))
     if device == "mps" and size > 1:
-        raise ValueError(f"{size} processes need device=cuda or cpu: PyTorch has no collectives on mps")
+        raise Mistake(f"{size} processes need device=cuda or cpu: PyTorch has no collectives on "
+                      "mps")
     if size % (shard_ranks or size):
-        raise ValueError(f"shard_ranks={shard_ranks} must divide the number of processes, {size}")
-    if not launched and (device != "cuda" or not dist.is_nccl_available()):  # Windows has CUDA without NCCL
+        raise Mistake(f"shard_ranks={shard_ranks} must divide the number of processes, {size}")
+    needs_group = device == "cuda" and dist.is_nccl_available()  # Windows has CUDA without NCCL
+    if not launched and not needs_group:
         return World(0, 1, torch.device(device))
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    place = torch.device(device)
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU: give --nproc_per_node={torch.cuda.device_count()} "
-                             "or fewer")
-        torch.cuda.set_device(local)
-    group_made = not dist.is_initialized()
-    if group_made:
+            raise Mistake(f"process {local} of this machine has no GPU: give "
+                          f"--nproc_per_node={torch.cuda.device_count()} or fewer")
+        place = torch.device(device, local)
+        torch.cuda.set_device(place)
+    owns_group = not dist.is_initialized()
+    if owns_group:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, store=meeting_place() if launched else dist.HashStore(), rank=rank, world_size=size)
+        store = meeting_place() if launched else dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     shape = (size // (shard_ranks or size), shard_ranks or size)
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
-    return World(rank, size, torch.device(device, local if device == "cuda" else None),
-                 mesh if shape[0] > 1 else mesh["shard"], group_made)
+    if shape[0] == 1:
+        mesh = mesh["shard"]
+    return World(rank, size, place, mesh, owns_group)
+
+
+def rows_of(rank, size, cfg):
+    """The rows of the global batch that a process computes, a range.
+
+    Raises Mistake where the processes cannot have equally many.
+    """
+    batch_rows = cfg.batch_tokens // cfg.context
+    if batch_rows % size:
+        near = max(1, round(batch_rows / size)) * size * cfg.context
+        fewer = max(n for n in range(1, size) if batch_rows % n == 0)
+        raise Mistake(f"batch_tokens={cfg.batch_tokens} is {batch_rows} rows of "
+                      f"context={cfg.context}, which {size} processes cannot share evenly; "
+                      f"{fewer} can, and batch_tokens={near}")
+    return range(rank * batch_rows // size, (rank + 1) * batch_rows // size)
 
 
 def meeting_place():
     """The store through which torchrun's processes find each other.
 
-    torchrun restarts a job with the store it had (seen with torch 2.13), where the addresses of the dead would be found
-    first: each attempt gets names of its own. Over several nodes the counts of attempts may differ; there torchrun itself
-    makes a new store with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
+    torchrun restarts a job with the store it had (seen with torch 2.13), in which processes would
+    read the addresses of dead ones. So each attempt gets names of its own. On several nodes the
+    counts of attempts may differ; there torchrun itself makes a new store with
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.
     """
-    nodes, restarts = (int(os.environ.get(name, default)) for name, default in (("GROUP_WORLD_SIZE", 1),
-                                                                                ("TORCHELASTIC_MAX_RESTARTS", 0)))
-    if nodes > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise ValueError(f"max-restarts={restarts} on {nodes} nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's "
-                         "environment")
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if nodes > 1 and restarts and shared:
+        raise Mistake(f"max-restarts={restarts} on {nodes} nodes needs "
+                      "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment")
     store = next(dist.rendezvous("env://"))[0]
     if nodes > 1:
         return store
     return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
-def shard(model, mesh, dtype, reshard=True):
-    """Cut the model's weights over the mesh, in place: a group for each transformer block, one for the rest (FSDP2).
+def rank_and_size():
+    """This process's number and how many there are."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
-    dtype: of the gathered weights, so of activations. reshard: give back a block's weights between its forward and its
-    backward pass (ZeRO-3), or keep them (ZeRO-2: more memory, a third less traffic).
-    The embedding and the head stay gathered from forward to backward: the loss reads the head outside the model's forward.
+
+def wait_for_all():
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# --- weights in parts ----------------------------------------------------------------------------
+
+def build(model_cfg, world, dtype, cfg):
+    """The model on its device, without weights yet, sharded where several processes share it.
+
+    dtype: of the gathered weights. cfg: recompute, compile and reshard of train.py's settings.
+    """
+    with torch.device("meta"):  # shapes alone: no process ever holds the whole model
+        model = Transformer(model_cfg)
+    recompute_blocks(model, cfg.recompute)
+    if cfg.compile:
+        # without, two compiled CPU runs were seen to differ
+        torch.use_deterministic_algorithms(world.device.type == "cpu")
+        compile_blocks(model)
+        why = why_tiled(world.device.type, dtype, model_cfg.head_dim)
+        if why and cfg.recompute != "none":
+            world.say(f"compile=true compiles nothing with recompute={cfg.recompute} where "
+                      f"attention is PyTorch tiles, since {why}")
+    if world.mesh is not None:
+        shard(model, world.mesh, dtype, cfg.reshard)
+    return model.to_empty(device=world.device)
+
+
+def autocast(world, dtype):
+    """Without FSDP, which casts weights and so activations, autocast casts products' inputs."""
+    wanted = world.mesh is None and dtype == torch.bfloat16
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=wanted)
+
+
+def shard(model, mesh, dtype, reshard=True):
+    """Cut the model's weights over the mesh, in place (FSDP2).
+
+    Each transformer block is a group that is gathered together, and the rest is another.
+    dtype: of the gathered weights, so of activations. reshard: free a block's gathered weights
+    between its forward and its backward pass (ZeRO-3), or keep them (ZeRO-2: more memory, a third
+    less traffic). The embedding and the head stay gathered from forward to backward: the loss reads
+    the head outside the model's forward.
     """
     # inputs keep their dtype: the rotary angles are float32
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                     cast_forward_inputs=False)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
 
 
-# --- memory for time: activation checkpointing --------------------------------------------------------------------
+def my_rows(p):
+    """A weight as this process holds it: (tensor, slice), its own rows and which of the whole.
+
+    FSDP splits dimension 0 into equal chunks, the last ones short or empty. A weight that is not
+    sharded is whole.
+    """
+    if not isinstance(p, DTensor):
+        return p, slice(0, p.shape[0])
+    split = [isinstance(placement, Shard) for placement in p.placements].index(True)
+    chunk = -(-p.shape[0] // p.device_mesh.size(split))
+    start = min(p.device_mesh.get_local_rank(split) * chunk, p.shape[0])
+    local = p.to_local()
+    return local, slice(start, start + local.shape[0])
+
+
+def gathered(x):
+    """The whole of a sharded tensor, on every process; parts of a sum are added up."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def init_weights(model, seed):
+    """New weights: each process draws every one whole, in order, and keeps its rows.
+
+    So the model is the same however it is sharded.
+    """
+    torch.manual_seed(seed)
+    for name, p in model.named_parameters():
+        mine, rows = my_rows(p)
+        mine.copy_(model.first_weight(name, p.shape)[rows])
+
+
+def free_gathered(model, world):
+    """Free what a forward pass without a backward pass has left gathered."""
+    if world.mesh is not None:
+        for part in (model, *model.layers):
+            part.reshard()
+
+
+# --- memory for time: activation checkpointing ---------------------------------------------------
 
 aten = torch.ops.aten
-KEPT = {  # under 'selective': what is dear to compute; norms, rotations and products of two tensors are computed again
-    aten.mm.default, aten.addmm.default, torch.ops.nanodiffcoder.attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default, aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default}
+KEPT = {  # under 'selective', what is expensive to recompute: matrix products and attention
+    aten.mm.default,
+    aten.addmm.default,
+    torch.ops.nanodiffcoder.attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+}
 
 
-def keep_dear(context, op, *args, **kwargs):
+def keep_expensive(context, op, *args, **kwargs):
     return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def recompute_blocks(model, mode):
-    """Keep fewer activations of each block between forward and backward, computing the rest again (Chen et al. 2016).
+    """Keep fewer activations of each block for the backward pass, which recomputes the rest
+    (Chen et al. 2016).
 
-    mode: 'none'; 'selective', keep matrix products and attention; 'full', keep only each block's input.
+    mode: 'none'; 'selective', keep matrix products and attention; 'full', keep each block's input.
     """
     if mode == "none":
         return
-    more = {"context_fn": partial(create_selective_checkpoint_contexts, keep_dear)} if mode == "selective" else {}
+    how = {"use_reentrant": False}
+    if mode == "selective":
+        how["context_fn"] = partial(create_selective_checkpoint_contexts, keep_expensive)
     for layer in model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **more)
+        layer.forward = partial(checkpoint, layer.forward, **how)
 
 
 def compile_blocks(model):
-    """torch.compile of each block: they are alike, so the first one's code serves all."""
+    """torch.compile of each block: they are alike, so one compilation serves all."""
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward)
 
 
-# --- Adafactor ----------------------------------------------------------------------------------------------------
+# --- a step --------------------------------------------------------------------------------------
 
-def whole(x):
+def micro_batches(model, world, rows, cfg):
+    """The (start, end) of each micro-batch of this process's `rows` rows.
+
+    Gradients are exchanged in the backward pass of the last one, or with reduce_each of each.
+    """
+    for start in range(0, rows, cfg.micro_batch):
+        end = min(start + cfg.micro_batch, rows)
+        if world.mesh is not None:
+            model.set_requires_gradient_sync(cfg.reduce_each or end == rows)
+        yield start, end
+
+
+def learning_rate(step, cfg):
+    """Linear warmup to lr, then a cosine or a line down to min_lr at max_steps."""
+    if step < cfg.lr_warmup_steps:
+        return cfg.lr * (step + 1) / cfg.lr_warmup_steps
+    done = (step - cfg.lr_warmup_steps) / max(1, cfg.max_steps - cfg.lr_warmup_steps)
+    left = 1 - done
+    if cfg.lr_decay == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * left
+
+
+def update(model, optimizer, step, loss, lr, grad_clip):
+    """One optimizer step with the gradients clipped to a norm of `grad_clip`. Returns their norm.
+
+    Raises Mistake, without the update, where the loss (a float) or the norm is not finite.
+    """
+    norm = gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)).item()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise Mistake(f"step {step} went wrong: loss {loss}, gradient norm {norm}, learning rate "
+                      f"{lr:.2e}; its update was not made; a lower --lr or --grad_clip usually "
+                      "helps")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def weights_norm(model):
+    """The Euclidean norm of all weights, a float: not finite where one of them is not."""
+    return gathered(torch.nn.utils.get_total_norm(model.parameters())).item()
+
+
+def make_optimizer(model, cfg):
+    """AdamW or Adafactor by cfg.optimizer, with weight decay on the matrices alone."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    if cfg.optimizer == "adafactor":
+        return Adafactor(groups, lr=cfg.lr, relative=False)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
+
+
+# --- Adafactor -----------------------------------------------------------------------------------
+
+def summed(x):
     """x with the processes' parts of a sum added up, the same on all of them."""
-    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim) if isinstance(x, DTensor) else x
+    if not isinstance(x, DTensor):
+        return x
+    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
 
 
 def rms(x):
     """Root mean square."""
-    return (whole(x.square().sum()) / x.numel()).sqrt()
+    return (summed(x.square().sum()) / x.numel()).sqrt()
 
 
 class Adafactor(torch.optim.Optimizer):
-    """Adam's second moment as a row times a column (Shazeer & Stern 2018, Algorithms 4 and 5), sharded like the weights.
+    """Adam's second moment as a row times a column (Shazeer & Stern 2018, Algorithms 4 and 5),
+    sharded like the weights.
 
-    The same numbers as torch.optim.Adafactor, which refuses sharded weights. Written in whole-tensor operations: where they are
-    DTensors, the sums over rows and columns become sums over processes.
+    The same numbers as torch.optim.Adafactor, which refuses sharded weights. It is written in
+    whole-tensor operations: on DTensors, sums over rows and columns become sums over processes.
 
-    relative: lr is multiplied by the weight's root mean square and capped at 1/√step, as in the paper; False: lr is absolute,
-    as in CoDA's training. beta2_decay: the second moment's decay is 1 - step^beta2_decay. clip: largest root mean square of
-    an update.
+    relative: lr is multiplied by the weight's root mean square and capped at 1/√step, as in the
+    paper; False: lr is absolute, as in CoDA's training. beta2_decay: the second moment's decay is
+    1 - step^beta2_decay. clip: largest root mean square of an update.
     """
 
-    def __init__(self, params, lr=1e-2, weight_decay=0.0, relative=True, beta2_decay=-0.8, eps=(2**-23, 1e-3), clip=1.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "relative": relative, "beta2_decay": beta2_decay,
-                                  "eps": eps, "clip": clip})
+    def __init__(self, params, lr=1e-2, weight_decay=0.0, relative=True, beta2_decay=-0.8,
+                 eps=(2**-23, 1e-3), clip=1.0):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "relative": relative,
+                    "beta2_decay": beta2_decay, "eps": eps, "clip": clip}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):  # nobody here gives one; torch.distributed.checkpoint names it
+    def step(self, closure=None):  # torch.distributed.checkpoint names it, nobody here passes one
         for group in self.param_groups:
+            settings = {name: group[name] for name in self.defaults}
             for p in group["params"]:
                 if p.grad is not None:
-                    self.update(p, p.grad, self.state[p], **{k: v for k, v in group.items() if k in self.defaults})
+                    self.update(p, p.grad, self.state[p], **settings)
 
     def update(self, p, g, state, lr, weight_decay, relative, beta2_decay, eps, clip):
         if not state:
             state["step"] = torch.zeros(())
             if p.dim() == 2:
                 state["row"] = torch.zeros_like(g[:, :1])  # mean of g² along each row, (rows, 1)
-                state["col"] = torch.zeros_like(whole(g.sum(0, keepdim=True)))  # and along each column, (1, cols)
+                state["col"] = torch.zeros_like(summed(g.sum(0, keepdim=True)))  # (1, columns)
             else:
                 state["variance"] = torch.zeros_like(g)
         state["step"] += 1
         step = state["step"].item()
-        rate = min(lr, step**-0.5) * rms(p).clamp(min=eps[1]) if relative else lr
+        rate = lr
+        if relative:
+            rate = min(lr, step**-0.5) * rms(p).clamp(min=eps[1])
         p.mul_(1 - lr * weight_decay)
         fresh = step**beta2_decay
         squared = g.square()
         if p.dim() == 2:
             state["row"].lerp_(squared.sum(1, keepdim=True) / p.shape[1], fresh)
-            state["col"].lerp_(whole(squared.sum(0, keepdim=True)) / p.shape[0], fresh)
-            mean = whole(state["row"].sum(0, keepdim=True)) / p.shape[0]
+            state["col"].lerp_(summed(squared.sum(0, keepdim=True)) / p.shape[0], fresh)
+            mean = summed(state["row"].sum(0, keepdim=True)) / p.shape[0]  # (1, 1)
             variance = state["row"] * state["col"] / mean.clamp(min=eps[0])
         else:
             variance = state["variance"].lerp_(squared, fresh)

@@ -7,6 +7,7 @@
 JOBS.json: a list of [name of a function of this file, its arguments …]; each process writes what they returned, or the error
 they ended with, to JOBS.json.RANK. Starting processes costs seconds, a tiny run a fraction of one.
 """
+
 import json
 import os
 import re
@@ -31,7 +32,15 @@ import parallel
 from model import Transformer, my_rows
 from test_train import train as train_here
 
-SHAPES = [(7, 5), (3, 1), (2, 40), (64, 2), (5,), (1,), (13,)]  # fewer rows than processes, and uneven ones
+SHAPES = [
+    (7, 5),
+    (3, 1),
+    (2, 40),
+    (64, 2),
+    (5,),
+    (1,),
+    (13,),
+]  # fewer rows than processes, and uneven ones
 
 
 def train(data, out, *more):
@@ -57,7 +66,9 @@ def rewind(run, copy, step):
 def limit_files(rank, size):
     """A disk that for the process `rank` is full after `size` bytes of any file."""
     if int(os.environ["RANK"]) == rank:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
 
 
 def full_disk(rank, size, *args):
@@ -98,16 +109,27 @@ def adafactor(copies, relative, **settings):
     placements = [Replicate(), Shard(0)]
     draw = torch.Generator().manual_seed(0)
     whole = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
-    cut = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)) for p in whole]
+    cut = [
+        torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)) for p in whole
+    ]
     ours = parallel.Adafactor(cut, relative=relative, **settings)
-    other = torch.optim.Adafactor(whole, **settings) if relative else parallel.Adafactor(whole, relative=False, **settings)
+    other = (
+        torch.optim.Adafactor(whole, **settings)
+        if relative
+        else parallel.Adafactor(whole, relative=False, **settings)
+    )
     for _ in range(20):
         for p, q in zip(whole, cut):
-            p.grad = torch.randn(p.shape, generator=draw) * torch.rand(p.shape[:1] + (1,) * (p.dim() - 1), generator=draw) ** 8
+            p.grad = (
+                torch.randn(p.shape, generator=draw)
+                * torch.rand(p.shape[:1] + (1,) * (p.dim() - 1), generator=draw) ** 8
+            )
             q.grad = distribute_tensor(p.grad.clone(), mesh, placements)
         ours.step()
         other.step()
-    return max(((p - q.full_tensor()).abs().max() / p.abs().max()).item() for p, q in zip(whole, cut))
+    return max(
+        ((p - q.full_tensor()).abs().max() / p.abs().max()).item() for p, q in zip(whole, cut)
+    )
 
 
 def peak_of_import(data, out, folder):
@@ -119,7 +141,11 @@ def peak_of_import(data, out, folder):
 
     def watch():
         while not done.wait(0.005):
-            peak[0] = max(peak[0], int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024)
+            peak[0] = max(
+                peak[0],
+                int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+                * 1024,
+            )
 
     def stop_here(groups, **kwargs):
         done.set()
@@ -130,8 +156,14 @@ def peak_of_import(data, out, folder):
     threading.Thread(target=watch, daemon=True).start()
     began = time.time()
     try:
-        as_a_script(f"--data={data}", f"--out={out}", f"--init_from={folder}", "--objective=ar", "--dtype=float32",
-                    "--threads=1")
+        as_a_script(
+            f"--data={data}",
+            f"--out={out}",
+            f"--init_from={folder}",
+            "--objective=ar",
+            "--dtype=float32",
+            "--threads=1",
+        )
     except InterruptedError:
         pass
     finally:
@@ -143,18 +175,28 @@ def peak_of_import(data, out, folder):
         mine, rows = my_rows(p)
         with checkpoint.safe_open(where[checkpoint.tensor_name(name)], "pt") as f:
             assert torch.equal(mine, f.get_slice(checkpoint.tensor_name(name))[rows].float()), name
-    return {"peak": peak[0], "model": sum(p.numel() * p.element_size() for p in model.parameters()), "seconds": seconds}
+    return {
+        "peak": peak[0],
+        "model": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "seconds": seconds,
+    }
 
 
 def main(path):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # of a process that waits for one that failed
+    dist.init_process_group(
+        "gloo", timeout=timedelta(seconds=60)
+    )  # of a process that waits for one that failed
     results = []
     for name, *args in json.loads(Path(path).read_text()):
         kwargs = args.pop() if args and isinstance(args[-1], dict) else {}
         try:
             results.append({"returned": globals()[name](*args, **kwargs)})
-        except (ValueError, OSError, SystemExit) as error:  # any other ends them all: a process may be waiting for this one
+        except (
+            ValueError,
+            OSError,
+            SystemExit,
+        ) as error:  # any other ends them all: a process may be waiting for this one
             results.append({"error": f"{type(error).__name__}: {error}"})
         Path(f"{path}.{os.environ['RANK']}").write_text(json.dumps(results))
     dist.destroy_process_group()

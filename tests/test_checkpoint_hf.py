@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import checkpoint
 import sample
-from attention_kernel import Spans
+from spans import Spans
 from conftest import ROOT
 from tokenizer import Tokenizer
 

@@ -1,4 +1,5 @@
 """configurator.py: what a setting ends up as, and what a user reads when it was written wrongly."""
+
 import os
 import re
 import subprocess
@@ -34,8 +35,14 @@ VALUES = {
     "lr": st.floats(allow_nan=False, allow_infinity=False),
     "max_steps": st.integers(),
     "compile": st.booleans(),
-    "folder": st.text(st.characters(exclude_categories=["Cs"])).filter(lambda s: s not in ("-h", "--help")),
-    "rates": st.recursive(st.lists(NUMBERS | st.text("ab'\"\\")).map(tuple), lambda t: st.lists(t).map(tuple), max_leaves=4),
+    "folder": st.text(st.characters(exclude_categories=["Cs"])).filter(
+        lambda s: s not in ("-h", "--help")
+    ),
+    "rates": st.recursive(
+        st.lists(NUMBERS | st.text("ab'\"\\")).map(tuple),
+        lambda t: st.lists(t).map(tuple),
+        max_leaves=4,
+    ),
     "objective": st.sampled_from(["ar", "block"]),
     "shift": st.sampled_from([None, True, False]),
     "limit": st.none() | st.integers(),
@@ -75,13 +82,21 @@ def refusal(*words):
 
 def run(*words, env=None):
     """Run Python on `words` from the repository's root."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env={**os.environ, **(env or {})},
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @forall(in_file=SOME_VALUES, in_words=SOME_VALUES, spaced=st.booleans())
-def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(folder, in_file, in_words, spaced):
+def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
+    folder, in_file, in_words, spaced
+):
     cfg, given = configure(Config, [config_file(folder, in_file), *words_of(in_words, spaced)])
     expected = asdict(Config()) | in_file | in_words
     assert asdict(cfg) == expected
@@ -94,7 +109,10 @@ def test_the_command_line_wins_over_a_file_that_is_named_after_it(folder):
 
 
 def test_of_two_files_and_of_two_flags_the_last_one_wins(folder, tmp_path):
-    first, second = config_file(folder, {"lr": 0.25, "max_steps": 1}), config_file(tmp_path, {"lr": 0.5})
+    first, second = (
+        config_file(folder, {"lr": 0.25, "max_steps": 1}),
+        config_file(tmp_path, {"lr": 0.5}),
+    )
     cfg, _ = configure(Config, [first, second, "--limit=1", "--limit=2"])
     assert (cfg.lr, cfg.max_steps, cfg.limit) == (0.5, 1, 2)
 
@@ -105,17 +123,31 @@ def test_without_words_the_defaults_stand_and_nothing_is_given(monkeypatch):
 
 
 @settings(deadline=None)
-@forall(n=st.integers(-2**53, 2**53))
+@forall(n=st.integers(-(2**53), 2**53))
 def test_a_whole_float_is_an_int_and_an_int_is_a_float_where_asked_for(n):
     cfg, _ = configure(Config, [f"--max_steps={float(n)!r}", f"--limit={float(n)!r}", f"--lr={n}"])
     assert (cfg.max_steps, cfg.limit, cfg.lr) == (n, n, float(n))
     assert [type(v) for v in (cfg.max_steps, cfg.limit, cfg.lr)] == [int, int, float]
 
 
-@pytest.mark.parametrize("word, value", [
-    ("--max_steps=1e6", 1_000_000), ("--max_steps=1_000", 1000), ("--lr=-1e-3", -1e-3), ("--compile=true", True),
-    ("--compile=FALSE", False), ("--shift=none", None), ("--shift=None", None), ("--rates=[[1, 2], [3, 4]]", ([1, 2], [3, 4])),
-    ("--rates=()", ()), ("--folder=1e6", "1e6"), ("--folder=none", "none"), ("--folder=", ""), ("--folder=a=b", "a=b")])
+@pytest.mark.parametrize(
+    "word, value",
+    [
+        ("--max_steps=1e6", 1_000_000),
+        ("--max_steps=1_000", 1000),
+        ("--lr=-1e-3", -1e-3),
+        ("--compile=true", True),
+        ("--compile=FALSE", False),
+        ("--shift=none", None),
+        ("--shift=None", None),
+        ("--rates=[[1, 2], [3, 4]]", ([1, 2], [3, 4])),
+        ("--rates=()", ()),
+        ("--folder=1e6", "1e6"),
+        ("--folder=none", "none"),
+        ("--folder=", ""),
+        ("--folder=a=b", "a=b"),
+    ],
+)
 def test_a_value_reads_as_people_write_it(word, value):
     found = getattr(configure(Config, [word])[0], word[2:].partition("=")[0])
     assert found == value and type(found) is type(value)
@@ -132,21 +164,38 @@ def test_a_literal_or_optional_text_that_looks_like_python_stays_a_text(text):
     assert cfg.cache == text and cfg.name == (None if text == "none" else text)
 
 
-@pytest.mark.parametrize("key, text, allowed", [
-    ("lr", "fast", "a float"), ("lr", "True", "a float"), ("lr", "none", "a float"), ("max_steps", "1.5", "an int"),
-    ("max_steps", "true", "an int"), ("max_steps", "1e400", "an int"), ("max_steps", "many", "an int"),
-    ("compile", "1", "true or false"), ("compile", "yes", "true or false"), ("rates", "1", "a list in brackets"),
-    pytest.param("rates", "{[]: 1}", "a list in brackets"),
-    ("objective", "arr", "one of ar, block"), ("objective", "none", "one of ar, block"),
-    ("shift", "maybe", "true or false or none"), ("limit", "0.5", "an int or none")])
-def test_a_wrong_type_is_refused_in_one_sentence_with_the_value_and_what_is_allowed(key, text, allowed):
+@pytest.mark.parametrize(
+    "key, text, allowed",
+    [
+        ("lr", "fast", "a float"),
+        ("lr", "True", "a float"),
+        ("lr", "none", "a float"),
+        ("max_steps", "1.5", "an int"),
+        ("max_steps", "true", "an int"),
+        ("max_steps", "1e400", "an int"),
+        ("max_steps", "many", "an int"),
+        ("compile", "1", "true or false"),
+        ("compile", "yes", "true or false"),
+        ("rates", "1", "a list in brackets"),
+        pytest.param("rates", "{[]: 1}", "a list in brackets"),
+        ("objective", "arr", "one of ar, block"),
+        ("objective", "none", "one of ar, block"),
+        ("shift", "maybe", "true or false or none"),
+        ("limit", "0.5", "an int or none"),
+    ],
+)
+def test_a_wrong_type_is_refused_in_one_sentence_with_the_value_and_what_is_allowed(
+    key, text, allowed
+):
     message = refusal(f"--{key}={text}")
     assert message.endswith(f"{key} is {allowed}")
     shown = re.search(rf"{key}=(.*) does not fit", message)[1]
     assert shown.strip("'").lower() in (text.lower(), str(float(text)) if text == "1e400" else text)
 
 
-@pytest.mark.parametrize("line", ["lr = 'fast'", "max_steps = True", "compile = 1", "objective = 'arr'", "folder = 3"])
+@pytest.mark.parametrize(
+    "line", ["lr = 'fast'", "max_steps = True", "compile = 1", "objective = 'arr'", "folder = 3"]
+)
 def test_a_wrong_type_in_a_file_is_refused_just_as_on_the_command_line(tmp_path, line):
     (tmp_path / "c.py").write_text(line)
     key, _, value = line.partition(" = ")
@@ -154,11 +203,17 @@ def test_a_wrong_type_in_a_file_is_refused_just_as_on_the_command_line(tmp_path,
 
 
 @settings(max_examples=60, deadline=None)
-@forall(key=st.sampled_from([f.name for f in fields(Config) if len(f.name) > 2]), place=st.integers(0, 20), double=st.booleans())
+@forall(
+    key=st.sampled_from([f.name for f in fields(Config) if len(f.name) > 2]),
+    place=st.integers(0, 20),
+    double=st.booleans(),
+)
 def test_an_unknown_key_names_the_nearest(folder, key, place, double):
     i = place % len(key)
-    typo = key[:i] + key[i] * 2 * double + key[i + 1:]  # one letter dropped or doubled
-    assert f"unknown setting {typo!r} in the command line; did you mean {key!r}?" == refusal(f"--{typo}=1")
+    typo = key[:i] + key[i] * 2 * double + key[i + 1 :]  # one letter dropped or doubled
+    assert f"unknown setting {typo!r} in the command line; did you mean {key!r}?" == refusal(
+        f"--{typo}=1"
+    )
     path = config_file(folder, {typo: 1})
     assert f"unknown setting {typo!r} in {path}; did you mean {key!r}?" == refusal(path)
 
@@ -182,16 +237,22 @@ def test_a_missing_file_names_the_nearest_one(tmp_path, monkeypatch):
 
 
 def test_a_file_keeps_its_private_names_and_modules_and_may_compute(tmp_path):
-    (tmp_path / "c.py").write_text("import math\n_rows = 16\nmax_steps = _rows * 256\nlr = math.sqrt(4)\n")
+    (tmp_path / "c.py").write_text(
+        "import math\n_rows = 16\nmax_steps = _rows * 256\nlr = math.sqrt(4)\n"
+    )
     cfg, given = configure(Config, [str(tmp_path / "c.py")])
     assert (cfg.max_steps, cfg.lr, given) == (4096, 2.0, {"max_steps", "lr"})
 
 
-@pytest.mark.parametrize("text, kind", [
-    ("lr = ", "SyntaxError"), ("lr = 1 / 0", "ZeroDivisionError"), ("lr = rate", "NameError")])
+@pytest.mark.parametrize(
+    "text, kind",
+    [("lr = ", "SyntaxError"), ("lr = 1 / 0", "ZeroDivisionError"), ("lr = rate", "NameError")],
+)
 def test_a_broken_file_is_named_in_one_sentence(tmp_path, text, kind):
     (tmp_path / "c.py").write_text(text)
-    assert refusal(str(tmp_path / "c.py")).startswith(f"{tmp_path / 'c.py'} cannot be read: {kind}: ")
+    assert refusal(str(tmp_path / "c.py")).startswith(
+        f"{tmp_path / 'c.py'} cannot be read: {kind}: "
+    )
 
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
@@ -200,18 +261,30 @@ def test_help_prints_every_key_its_default_and_its_comment(word, capsys):
         configure(Config, ["--lr=1", word])
     assert left.value.code == 0
     printed = capsys.readouterr().out.splitlines()
-    comments = ["peak learning rate", "how many updates", "whether to compile (slow at first: worth it later)", "where it goes",
-                "one pair an epoch", "what is learned", "where to read", "at most so many"]
+    comments = [
+        "peak learning rate",
+        "how many updates",
+        "whether to compile (slow at first: worth it later)",
+        "where it goes",
+        "one pair an epoch",
+        "what is learned",
+        "where to read",
+        "at most so many",
+    ]
     for f, comment in zip(fields(Config), comments, strict=True):
         at = printed.index(f"  --{f.name}={f.default}")
         assert printed[at + 1].endswith("; " + comment)
 
 
-@pytest.mark.parametrize("script", [["train.py"], ["-m", "data.stdlib.prepare"]], ids=lambda s: s[-1])
+@pytest.mark.parametrize(
+    "script", [["train.py"], ["-m", "data.stdlib.prepare"]], ids=lambda s: s[-1]
+)
 def test_help_of_a_script_says_how_to_run_it_and_has_a_comment_for_every_key(script):
     ran = run(*script, "--help")
     assert ran.returncode == 0 and not ran.stderr
-    assert ran.stdout.startswith(f"usage: python {' '.join(script)} [config/file.py] [--key=value ...]")
+    assert ran.stdout.startswith(
+        f"usage: python {' '.join(script)} [config/file.py] [--key=value ...]"
+    )
     source = (ROOT / (script[-1] if script[0] != "-m" else "data/stdlib/prepare.py")).read_text()
     body = source.split("class Config:\n")[1].split("\n\n")[0]
     expected = re.findall(r"^    (\w+):.*?# (.*)$", body, re.M)
@@ -223,7 +296,10 @@ def test_help_of_a_script_says_how_to_run_it_and_has_a_comment_for_every_key(scr
 def test_a_mistake_of_the_user_is_one_line_on_stderr():
     ran = run("train.py", "--objectve=ar")
     assert ran.returncode != 0
-    assert ran.stderr == "error: unknown setting 'objectve' in the command line; did you mean 'objective'?\n"
+    assert (
+        ran.stderr
+        == "error: unknown setting 'objectve' in the command line; did you mean 'objective'?\n"
+    )
     assert ran.stdout == ""
 
 
@@ -242,20 +318,36 @@ cfg, _ = configure(Config)
 """
 
 
-@pytest.mark.parametrize("ending, error", [
-    ("{}['lr']", "KeyError"), ("assert cfg.lr > 2", "AssertionError"), ("cfg.rate", "AttributeError"),
-    ("int('x')", "ValueError"), ("import numpy; numpy.zeros(3).reshape(2)", "ValueError")])
+@pytest.mark.parametrize(
+    "ending, error",
+    [
+        ("{}['lr']", "KeyError"),
+        ("assert cfg.lr > 2", "AssertionError"),
+        ("cfg.rate", "AttributeError"),
+        ("int('x')", "ValueError"),
+        ("import numpy; numpy.zeros(3).reshape(2)", "ValueError"),
+    ],
+)
 def test_a_bug_keeps_its_traceback(tmp_path, ending, error):
     (tmp_path / "script.py").write_text(SCRIPT + ending)
     ran = run(tmp_path / "script.py")
     assert ran.returncode == 1
-    assert ran.stderr.startswith("Traceback (most recent call last)") and ran.stderr.splitlines()[-1].startswith(error)
+    assert ran.stderr.startswith("Traceback (most recent call last)") and ran.stderr.splitlines()[
+        -1
+    ].startswith(error)
 
 
-@pytest.mark.parametrize("ending, said", [
-    ("open('/no/such/file')", "error: [Errno 2] No such file or directory: '/no/such/file'\n"),
-    ("configure(Config, ['--lr=x'])", "error: lr='x' does not fit: lr is a float\n"), ("raise KeyboardInterrupt", "stopped\n")])
-def test_what_is_for_the_user_is_one_line_and_keeps_its_traceback_only_when_asked(tmp_path, ending, said):
+@pytest.mark.parametrize(
+    "ending, said",
+    [
+        ("open('/no/such/file')", "error: [Errno 2] No such file or directory: '/no/such/file'\n"),
+        ("configure(Config, ['--lr=x'])", "error: lr='x' does not fit: lr is a float\n"),
+        ("raise KeyboardInterrupt", "stopped\n"),
+    ],
+)
+def test_what_is_for_the_user_is_one_line_and_keeps_its_traceback_only_when_asked(
+    tmp_path, ending, said
+):
     (tmp_path / "script.py").write_text(SCRIPT + ending)
     ran = run(tmp_path / "script.py")
     assert ran.returncode not in (0, None) and ran.stderr == said

@@ -4,6 +4,7 @@ quadrature, enumeration with one forward per mask, and a transformer written out
 Statistical tests run on fixed seeds. Each states its bound: 5 standard deviations (two-sided p = 6e-7) unless it says
 otherwise; where it makes C comparisons, its chance of failing on another seed is C times that (Bonferroni).
 """
+
 from itertools import combinations
 from math import comb, log
 
@@ -15,9 +16,21 @@ from hypothesis import given, settings, strategies as st
 
 import diffusion
 import model
-from diffusion import (NOISE, Noised, Recipe, corrupt, draw_t, every_mask, nelbo, spans_for, stream, token_losses, u_max,
-                       weighted_loss)
-from test_attention_kernel import ATTENTION_OF, block_of, packed, packings, who_sees
+from diffusion import (
+    NOISE,
+    Noised,
+    Recipe,
+    corrupt,
+    draw_t,
+    every_mask,
+    nelbo,
+    spans_for,
+    stream,
+    token_losses,
+    u_max,
+    weighted_loss,
+)
+from reference import ATTENTION_OF, block_of, packed, packings, who_sees
 
 torch.set_num_threads(1)
 VOCAB, MASK, PAD = 12, 11, 10
@@ -41,8 +54,12 @@ def batch(*rows, holes=0.0, seed=0):
 def even_blocks(n, blocks, rows=1):
     """One document a row, of `blocks` blocks of n tokens, all of them maskable."""
     T = n * blocks
-    return (torch.zeros(rows, T, dtype=torch.int64), torch.zeros(rows, T, dtype=torch.int32),
-            torch.full((rows, T), T, dtype=torch.int32), torch.ones(rows, T, dtype=torch.bool))
+    return (
+        torch.zeros(rows, T, dtype=torch.int64),
+        torch.zeros(rows, T, dtype=torch.int32),
+        torch.full((rows, T), T, dtype=torch.int32),
+        torch.ones(rows, T, dtype=torch.bool),
+    )
 
 
 def noise(data, recipe, seed=3, step=0, epochs=None):
@@ -51,8 +68,10 @@ def noise(data, recipe, seed=3, step=0, epochs=None):
 
 def noise_blocks(lengths, recipe):
     """The positions that share a t, a list a block."""
-    firsts = [block_of(i, lengths, recipe.block_size if recipe.objective == "block" else None)[2]
-              for i in range(sum(lengths))]
+    firsts = [
+        block_of(i, lengths, recipe.block_size if recipe.objective == "block" else None)[2]
+        for i in range(sum(lengths))
+    ]
     return [[i for i, first in enumerate(firsts) if first == a] for a in sorted(set(firsts))]
 
 
@@ -70,13 +89,26 @@ def over_t(f, floor=0.0):
 def chi2_p(counts, expected):
     """P(chi-squared at least this large) where the counts do have these expectations."""
     statistic = ((np.asarray(counts) - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), torch.tensor(statistic / 2)).item()
+    return torch.special.gammaincc(
+        torch.tensor((len(counts) - 1) / 2).double(), torch.tensor(statistic / 2)
+    ).item()
 
 
 def small_model(seed=0):
     torch.manual_seed(seed)
-    net = model.Transformer(model.ModelConfig(vocab_size=VOCAB, d_model=8, n_layer=2, n_head=4, n_kv_head=2, head_dim=4,
-                                              d_ff=12, context=64, tie_embeddings=False))
+    net = model.Transformer(
+        model.ModelConfig(
+            vocab_size=VOCAB,
+            d_model=8,
+            n_layer=2,
+            n_head=4,
+            n_kv_head=2,
+            head_dim=4,
+            d_ff=12,
+            context=64,
+            tie_embeddings=False,
+        )
+    )
     for p in net.parameters():
         torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.4)
     return net
@@ -85,7 +117,9 @@ def small_model(seed=0):
 def dense_log_p(net, tokens, positions, sees):
     """(S, vocab) log-probabilities of one row, the model's formulas written out in float64. sees: (S, S) bool."""
     c, S, x = net.cfg, len(tokens), F.embedding(tokens, net.embed_tokens.weight.double())
-    angle = positions[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2).double() / c.head_dim)
+    angle = positions[:, None] * c.rope_theta ** (
+        -torch.arange(0, c.head_dim, 2).double() / c.head_dim
+    )
     turn = torch.polar(torch.ones_like(angle), angle)
 
     def norm(x, layer):
@@ -111,46 +145,79 @@ def dense_log_p(net, tokens, positions, sees):
 
 # --- recipes ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(objective="ar", shift=False), "shift=False is not possible with objective='ar'"),
-    (dict(objective="block", mask_id=None), "needs a mask token"),
-    (dict(objective="bidirectional", mask_id=None), "needs a mask token"),
-    (dict(block_size=0), "block_size=0 must be 1 or more"),
-    (dict(t_min=0.0), "t_min=0.0 must be in"),
-    (dict(t_min=1.5), "t_min=1.5 must be in"),
-    (dict(u_init=0.0), "u_init=0.0 must be in"),
-    (dict(objective="blok"), "'blok' must be one of ar, bidirectional"),
-    (dict(schedule="cliped"), "'cliped' must be one of uniform"),
-    (dict(anneal_steps=5), "anneal_steps=5 needs objective='bidirectional'"),
-    (dict(strategies=()), "must be one triple"),
-    (dict(strategies=0.1), "must be one triple"),
-    (dict(strategies=(("a", "b", "c"),)), "must be one triple"),
-    (dict(strategies=(0.1, 0.1, 0.1)), "must be one triple"),
-    (dict(strategies=((0.1, 0.1),)), "must be one triple"),
-    (dict(strategies=((-0.1, 0.0, 0.0),)), "must be one triple"),
-    (dict(strategies=((0.6, 0.6, 0.0),)), "S1 \\+ S2 and S3 at most 1"),
-    (dict(strategies=((0.0, 0.0, 1.1),)), "S1 \\+ S2 and S3 at most 1"),
-    (dict(strategies=((0.1, 0.0, 0.0),), schedule="uniform"), "not 'block' and 'uniform'"),
-    (dict(objective="ar_diffusion", strategies=((0, 0, 0), (0, 0, 1)), schedule="uniform"), "not 'ar_diffusion'"),
-    (dict(objective="bidirectional", strategies=((0.0, 0.0, 0.1),), schedule="count"), "not 'bidirectional' and 'count'"),
-    (dict(objective="bidirectional", strategies=((0.0, 0.1, 0.0),), schedule="uniform", pad_id=None), "need a pad token"),
-])
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(objective="ar", shift=False), "shift=False is not possible with objective='ar'"),
+        (dict(objective="block", mask_id=None), "needs a mask token"),
+        (dict(objective="bidirectional", mask_id=None), "needs a mask token"),
+        (dict(block_size=0), "block_size=0 must be 1 or more"),
+        (dict(t_min=0.0), "t_min=0.0 must be in"),
+        (dict(t_min=1.5), "t_min=1.5 must be in"),
+        (dict(u_init=0.0), "u_init=0.0 must be in"),
+        (dict(objective="blok"), "'blok' must be one of ar, bidirectional"),
+        (dict(schedule="cliped"), "'cliped' must be one of uniform"),
+        (dict(anneal_steps=5), "anneal_steps=5 needs objective='bidirectional'"),
+        (dict(strategies=()), "must be one triple"),
+        (dict(strategies=0.1), "must be one triple"),
+        (dict(strategies=(("a", "b", "c"),)), "must be one triple"),
+        (dict(strategies=(0.1, 0.1, 0.1)), "must be one triple"),
+        (dict(strategies=((0.1, 0.1),)), "must be one triple"),
+        (dict(strategies=((-0.1, 0.0, 0.0),)), "must be one triple"),
+        (dict(strategies=((0.6, 0.6, 0.0),)), "S1 \\+ S2 and S3 at most 1"),
+        (dict(strategies=((0.0, 0.0, 1.1),)), "S1 \\+ S2 and S3 at most 1"),
+        (dict(strategies=((0.1, 0.0, 0.0),), schedule="uniform"), "not 'block' and 'uniform'"),
+        (
+            dict(objective="ar_diffusion", strategies=((0, 0, 0), (0, 0, 1)), schedule="uniform"),
+            "not 'ar_diffusion'",
+        ),
+        (
+            dict(objective="bidirectional", strategies=((0.0, 0.0, 0.1),), schedule="count"),
+            "not 'bidirectional' and 'count'",
+        ),
+        (
+            dict(
+                objective="bidirectional",
+                strategies=((0.0, 0.1, 0.0),),
+                schedule="uniform",
+                pad_id=None,
+            ),
+            "need a pad token",
+        ),
+    ],
+)
 def test_impossible_recipes_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         Recipe(**{"mask_id": MASK, "pad_id": PAD, **settings})
 
 
 def test_shift_is_on_only_in_ar_unless_asked_for():
-    assert Recipe("ar").shift and not any(make(o).shift for o in NOISY) and all(make(o, shift=True).shift for o in NOISY)
+    assert (
+        Recipe("ar").shift
+        and not any(make(o).shift for o in NOISY)
+        and all(make(o, shift=True).shift for o in NOISY)
+    )
 
 
 # --- what is masked -----------------------------------------------------------------------------------------------
 
+
 @settings(deadline=None, max_examples=100)
-@given(packings(), st.sampled_from(NOISY), st.sampled_from([1, 2, 3, 4, 40]), st.sampled_from(["clipped", "count"]),
-       st.booleans(), st.integers(0, 999))
-def test_a_block_with_something_maskable_is_never_empty(rows, objective, K, schedule, antithetic, seed):
-    recipe = make(objective, block_size=K, schedule=schedule, antithetic=antithetic, u_warmup_steps=5)
+@given(
+    packings(),
+    st.sampled_from(NOISY),
+    st.sampled_from([1, 2, 3, 4, 40]),
+    st.sampled_from(["clipped", "count"]),
+    st.booleans(),
+    st.integers(0, 999),
+)
+def test_a_block_with_something_maskable_is_never_empty(
+    rows, objective, K, schedule, antithetic, seed
+):
+    recipe = make(
+        objective, block_size=K, schedule=schedule, antithetic=antithetic, u_warmup_steps=5
+    )
     data = batch(*rows, holes=0.4, seed=seed)
     noised = noise(data, recipe, seed, step=5 + seed % 3)
     for row, lengths in enumerate(rows):
@@ -165,11 +232,20 @@ def test_a_block_with_something_maskable_is_never_empty(rows, objective, K, sche
 
 
 @settings(deadline=None, max_examples=100)
-@given(packings(), st.sampled_from(NOISY), st.sampled_from(["uniform", "clipped", "count"]), st.integers(0, 999),
-       st.booleans())
+@given(
+    packings(),
+    st.sampled_from(NOISY),
+    st.sampled_from(["uniform", "clipped", "count"]),
+    st.integers(0, 999),
+    st.booleans(),
+)
 def test_unmaskable_tokens_are_left_alone(rows, objective, schedule, seed, strategies):
-    coda = strategies and objective == "bidirectional" and schedule == "uniform" and sum(rows[0]) > 1
-    recipe = make(objective, schedule=schedule, strategies=((0.3, 0.3, 0.5),) if coda else ((0, 0, 0),))
+    coda = (
+        strategies and objective == "bidirectional" and schedule == "uniform" and sum(rows[0]) > 1
+    )
+    recipe = make(
+        objective, schedule=schedule, strategies=((0.3, 0.3, 0.5),) if coda else ((0, 0, 0),)
+    )
     data = batch(*rows, holes=0.4, seed=seed)
     noised = noise(data, recipe, seed)
     assert not (noised.masked & ~noised.maskable).any() and not (noised.maskable & ~data[3]).any()
@@ -190,16 +266,22 @@ def test_ar_scores_every_maskable_token_with_weight_1():
 def test_uniform_leaves_one_block_in_n_plus_1_empty(n):
     """t_min, here 1e-9, takes n·t_min²/2 off that rate: nothing. Bound: 5 sigma of the binomial, 0.0075 at n = 2."""
     N = 100_000
-    noised = noise(even_blocks(n, N), make(block_size=n, schedule="uniform", t_min=1e-9, antithetic=False))
+    noised = noise(
+        even_blocks(n, N), make(block_size=n, schedule="uniform", t_min=1e-9, antithetic=False)
+    )
     p = 1 / (n + 1)
-    assert abs((~noised.masked.view(N, n).any(1)).double().mean() - p) < 5 * (p * (1 - p) / N) ** 0.5
+    assert (
+        abs((~noised.masked.view(N, n).any(1)).double().mean() - p) < 5 * (p * (1 - p) / N) ** 0.5
+    )
 
 
 @pytest.mark.parametrize("schedule", ["uniform", "clipped", "count"])
 def test_each_pattern_of_masks_has_its_probability(schedule):
     """1e5 blocks of 4, chi-squared over the 16 patterns, bound: p > 1e-6."""
     n, N = 4, 100_000
-    noised = noise(even_blocks(n, N // 4, rows=4), make(block_size=n, schedule=schedule, antithetic=False))
+    noised = noise(
+        even_blocks(n, N // 4, rows=4), make(block_size=n, schedule=schedule, antithetic=False)
+    )
     patterns = noised.masked.view(N, n).long() @ torch.tensor([1, 2, 4, 8])
     m = np.array([p.bit_count() for p in range(16)])
     if schedule == "count":
@@ -218,7 +300,11 @@ def test_each_pattern_of_masks_has_its_probability(schedule):
 def test_weights_of_count(n):
     """n/m on each of m tokens: a block's weights sum to n. Per position the mean is 1, the second moment H_n: 5 sigma."""
     N = 50_000
-    w = noise(even_blocks(n, N), make(block_size=n, schedule="count", antithetic=False)).weight.view(N, n).double()
+    w = (
+        noise(even_blocks(n, N), make(block_size=n, schedule="count", antithetic=False))
+        .weight.view(N, n)
+        .double()
+    )
     assert (w.sum(1) - n).abs().max() < 1e-5
     H = sum(1 / m for m in range(1, n + 1))
     for x, mean in ((w, 1.0), (w**2, H)):
@@ -228,6 +314,7 @@ def test_weights_of_count(n):
 @pytest.mark.parametrize("n, reads", [(2, 1.159), (4, 1.113), (8, 1.065)])
 def test_clipped_is_biased_by_a_known_factor(n, reads):
     """A model with a loss of exactly 1 nat a token reads more than 1, within 5 sigma of the closed form."""
+
     class OneNat:
         def __call__(self, tokens, spans):
             return torch.zeros(*tokens.shape, 1)
@@ -237,16 +324,21 @@ def test_clipped_is_biased_by_a_known_factor(n, reads):
 
     N = 100_000
     data = even_blocks(n, N)
-    exact = over_t(lambda u: 1 + (1 - u) ** n / (n * u), 1 / n)  # (nu + P(empty)) / (nu), over u = max(t, 1/n)
+    exact = over_t(
+        lambda u: 1 + (1 - u) ** n / (n * u), 1 / n
+    )  # (nu + P(empty)) / (nu), over u = max(t, 1/n)
     assert round(exact, 3) == reads
     for schedule, want in (("clipped", exact), ("uniform", 1.0), ("count", 1.0)):
         recipe = make(block_size=n, schedule=schedule, antithetic=False)
         noised = noise(data, recipe)
         sigma = noised.weight.double().view(N, n).sum(1).std().item() / n / N**0.5
-        assert abs(weighted_loss(OneNat(), noised, recipe).item() / (n * N) - want) < 5 * sigma + 1e-5
+        assert (
+            abs(weighted_loss(OneNat(), noised, recipe).item() / (n * N) - want) < 5 * sigma + 1e-5
+        )
 
 
 # --- warmup -------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("antithetic", [False, True])
 def test_t_stays_under_the_cap_of_the_warmup(antithetic):
@@ -256,7 +348,11 @@ def test_t_stays_under_the_cap_of_the_warmup(antithetic):
         cap = u_init + (1 - u_init) * min(1, step / S)
         assert u_max(step, recipe) == pytest.approx(cap, rel=1e-15)
         t = draw_t(stream(0, NOISE, step, 1), np.arange(5000), recipe, 0, step, 1, 2)
-        assert t.min() > 0 and 0.99 * cap < t.max() <= cap and abs(t.mean() / cap - 0.5) < 5 / (12 * 5000) ** 0.5
+        assert (
+            t.min() > 0
+            and 0.99 * cap < t.max() <= cap
+            and abs(t.mean() / cap - 0.5) < 5 / (12 * 5000) ** 0.5
+        )
     assert u_max(0, make()) == 1  # no warmup
 
 
@@ -269,16 +365,28 @@ def test_weights_are_1_during_the_warmup_and_1_over_u_after(schedule, monkeypatc
         seen.clear()
         noised = noise(even_blocks(4, 50), recipe, step=step)
         t = torch.from_numpy(seen[0])[:, None].expand(50, 4).reshape(1, 200)
-        u = {"uniform": t.clamp(min=1e-3), "clipped": t.clamp(min=0.25), "count": (4 * t).ceil() / 4}[schedule]
+        u = {
+            "uniform": t.clamp(min=1e-3),
+            "clipped": t.clamp(min=0.25),
+            "count": (4 * t).ceil() / 4,
+        }[schedule]
         want = torch.ones_like(t) if step < 10 else 1 / u
         assert t.max() <= u_max(step, recipe)
         assert torch.equal(noised.weight, torch.where(noised.masked, want, 0.0).float())
 
 
-@pytest.mark.parametrize("schedule, rate, variance", [
-    ("clipped", 0.25 + 0.75**4 / 4, (1.75 + 0.75**4 - (1 + 0.75**4) ** 2) / 16),  # 33 %; of max(1, Binomial(4, 1/4)) / 4
-    ("count", 0.25, 0.0),
-    ("uniform", 0.001, 0.001 * 0.999 / 4)])
+@pytest.mark.parametrize(
+    "schedule, rate, variance",
+    [
+        (
+            "clipped",
+            0.25 + 0.75**4 / 4,
+            (1.75 + 0.75**4 - (1 + 0.75**4) ** 2) / 16,
+        ),  # 33 %; of max(1, Binomial(4, 1/4)) / 4
+        ("count", 0.25, 0.0),
+        ("uniform", 0.001, 0.001 * 0.999 / 4),
+    ],
+)
 def test_mask_rate_at_the_start_of_the_warmup(schedule, rate, variance):
     """u_max = 0.1 %, but u has its floor 1/n, n = 4. Bound: 5 sigma of the mean over the blocks, 0.0051 for the 33 %."""
     N = 20_000
@@ -288,12 +396,20 @@ def test_mask_rate_at_the_start_of_the_warmup(schedule, rate, variance):
 
 # --- antithetic t -------------------------------------------------------------------------------------------------
 
+
 def test_antithetic_t_is_uniform_at_every_position():
     """Kolmogorov-Smirnov distance of each of 15 positions over 3000 steps. Bound: Dvoretzky-Kiefer-Wolfowitz,
     P(D > sqrt(ln(2/a) / 2N)) <= a, at a = 1e-6 / 15."""
     B, n_r, N = 3, 5, 3000
-    t = np.array([[draw_t(stream(7, NOISE, step, row), range(n_r), make(), 7, step, row, B) for row in range(B)]
-                  for step in range(N)])
+    t = np.array(
+        [
+            [
+                draw_t(stream(7, NOISE, step, row), range(n_r), make(), 7, step, row, B)
+                for row in range(B)
+            ]
+            for step in range(N)
+        ]
+    )
     t, i = np.sort(t, 0), np.arange(N)[:, None, None]
     distance = np.maximum((i + 1) / N - t, t - i / N).max(0)  # (B, n_r)
     assert distance.max() < (log(2 * B * n_r / 1e-6) / (2 * N)) ** 0.5
@@ -304,12 +420,22 @@ def test_antithetic_mask_counts_are_uniform_at_every_position():
     1200 steps, bound: p > 1e-6 / 12."""
     B, n_r, N = 3, 4, 1200
     data, recipe = even_blocks(4, n_r, rows=B), make(schedule="count")
-    m = torch.stack([noise(data, recipe, step=step).masked.view(B * n_r, 4).sum(1) for step in range(N)])
-    assert min(chi2_p(torch.bincount(m[:, k], minlength=5)[1:].numpy(), N / 4) for k in range(B * n_r)) > 1e-6 / 12
+    m = torch.stack(
+        [noise(data, recipe, step=step).masked.view(B * n_r, 4).sum(1) for step in range(N)]
+    )
+    assert (
+        min(chi2_p(torch.bincount(m[:, k], minlength=5)[1:].numpy(), N / 4) for k in range(B * n_r))
+        > 1e-6 / 12
+    )
 
 
 @settings(deadline=None, max_examples=60)
-@given(packings(max_T=24, max_rows=5), st.sampled_from(NOISY), st.sampled_from([1, 2, 4]), st.integers(0, 99))
+@given(
+    packings(max_T=24, max_rows=5),
+    st.sampled_from(NOISY),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 99),
+)
 def test_antithetic_t_is_stratified_exactly(rows, objective, K, step):
     """A row's n_r values fall one into each ((k-1)/n_r, k/n_r], all into the same of its B parts, another one a row."""
     recipe, data, B = make(objective, block_size=K), batch(*rows, holes=0.3, seed=step), len(rows)
@@ -336,24 +462,44 @@ def test_antithetic_t_is_stratified_exactly(rows, objective, K, step):
         assert len(set(np.round(place, 9))) == len(blocks)  # U is each block's own
         for b, t_b in zip(blocks, t):  # and each block gets its own
             u = np.float32(1 / max(t_b, 1 / int(data[3][row, b].sum())))
-            assert (noised.weight[row, b] == torch.where(noised.masked[row, b], float(u), 0.0)).all()
+            assert (
+                noised.weight[row, b] == torch.where(noised.masked[row, b], float(u), 0.0)
+            ).all()
 
 
 def test_rows_do_not_share_their_order():
     """Two rows put 5 blocks into the same order once in 120 steps. Bound: 5 sigma of the binomial."""
     N = 3000
-    t = np.array([[draw_t(stream(1, NOISE, step, row), range(5), make(), 1, step, row, 4) for row in (0, 1)]
-                  for step in range(N)])
+    t = np.array(
+        [
+            [
+                draw_t(stream(1, NOISE, step, row), range(5), make(), 1, step, row, 4)
+                for row in (0, 1)
+            ]
+            for step in range(N)
+        ]
+    )
     together = (t.argsort(-1)[:, 0] == t.argsort(-1)[:, 1]).all(-1).mean()
     assert abs(together - 1 / 120) < 5 * (1 / 120 / N) ** 0.5
 
 
 # --- every draw is a function of (seed, step, global row) ---------------------------------------------------------
 
-@pytest.mark.parametrize("recipe", [make(), make(schedule="count"), make("ar_diffusion", antithetic=False),
-                                    make("bidirectional", schedule="uniform", strategies=((0, 0, 0), (0.3, 0.3, 0.5)))])
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        make(),
+        make(schedule="count"),
+        make("ar_diffusion", antithetic=False),
+        make("bidirectional", schedule="uniform", strategies=((0, 0, 0), (0.3, 0.3, 0.5))),
+    ],
+)
 def test_any_rank_can_compute_its_own_rows(recipe):
-    data, epochs = batch([40], [1] * 40, [13, 2, 25], [30, 10], [7, 33], [20, 20], holes=0.2), np.array([0, 1, 1, 0, 1, 1])
+    data, epochs = (
+        batch([40], [1] * 40, [13, 2, 25], [30, 10], [7, 33], [20, 20], holes=0.2),
+        np.array([0, 1, 1, 0, 1, 1]),
+    )
     whole = noise(data, recipe, seed=3, step=4, epochs=epochs)
     for rows in ([0], [2, 3], [5, 0, 3], [3, 4, 5]):
         part = corrupt(*(x[rows] for x in data), recipe, 3, 4, rows, 6, epochs[rows])
@@ -362,31 +508,53 @@ def test_any_rank_can_compute_its_own_rows(recipe):
 
 def test_draws_depend_on_seed_step_and_row():
     data, recipe = even_blocks(4, 32, rows=3), make()
-    masks = [row for seed, step in ((3, 0), (3, 1), (4, 0), (0, 3)) for row in noise(data, recipe, seed, step).masked]
+    masks = [
+        row
+        for seed, step in ((3, 0), (3, 1), (4, 0), (0, 3))
+        for row in noise(data, recipe, seed, step).masked
+    ]
     assert not any(torch.equal(a, b) for a, b in combinations(masks, 2))
     assert same(noise(data, recipe), noise(data, recipe))
 
 
 # --- CoDA's progressive masking -----------------------------------------------------------------------------------
 
+
 def test_s3_masks_every_token_at_its_documents_rate(monkeypatch):
     """Packed documents, their first and last tokens too, holes among them; t is 0.2, 0.5, 0.9, 0.35 in the four.
     6000 rows, 5 sigma, at 32 tokens and for pairs at 4 distances, which tell that k is uniform in {2, 4, 8}."""
     N, lengths, rates = 6000, [1, 2, 9, 20], np.array([0.2, 0.5, 0.9, 0.35])
-    monkeypatch.setattr(diffusion, "draw_t", lambda draw, blocks, *_: rates[:len(blocks)])
+    monkeypatch.setattr(diffusion, "draw_t", lambda draw, blocks, *_: rates[: len(blocks)])
     doc_start, doc_end = packed(*[lengths] * N)
     maskable = torch.ones(N, 32, dtype=torch.bool)
     maskable[:, [7, 31]] = False
     recipe = make("bidirectional", schedule="uniform", strategies=((0.0, 0.0, 1.0),))
-    noised = corrupt(torch.zeros(N, 32, dtype=torch.int64), doc_start, doc_end, maskable, recipe, 5, 0, range(N), N)
+    noised = corrupt(
+        torch.zeros(N, 32, dtype=torch.int64),
+        doc_start,
+        doc_end,
+        maskable,
+        recipe,
+        5,
+        0,
+        range(N),
+        N,
+    )
 
     t = np.repeat(rates, lengths)
     want = np.where(maskable[0], t, 0)
     masked = noised.masked.numpy()
     assert (np.abs(masked.mean(0) - want) <= 5 * np.sqrt(want * (1 - want) / N)).all()
-    assert torch.equal(noised.weight, torch.where(noised.masked, torch.from_numpy(1 / t).float(), 0))
-    for d in (1, 2, 4, 8):  # k + min(d, k) starts leave alone two tokens of the last document that are d apart
-        alone = (~masked[:, 12:31 - d] & ~masked[:, 12 + d:31]).mean(1)  # (N,)
+    assert torch.equal(
+        noised.weight, torch.where(noised.masked, torch.from_numpy(1 / t).float(), 0)
+    )
+    for d in (
+        1,
+        2,
+        4,
+        8,
+    ):  # k + min(d, k) starts leave alone two tokens of the last document that are d apart
+        alone = (~masked[:, 12 : 31 - d] & ~masked[:, 12 + d : 31]).mean(1)  # (N,)
         want = np.mean([(1 - 0.35) ** (1 + min(d, k) / k) for k in (2, 4, 8)])
         assert abs(alone.mean() - want) <= 5 * alone.std() / N**0.5
 
@@ -402,8 +570,12 @@ def test_s1_s2_s3_rates(monkeypatch):
         return corrupt_row(x0, first, doc_start, maskable, recipe, seed, step, row, *rest)
 
     monkeypatch.setattr(diffusion, "corrupt_row", spy)
-    monkeypatch.setattr(diffusion, "span_mask_row", lambda *a: s3_rows.__setitem__(-1, True) or span_mask_row(*a))
-    noised = noise(even_blocks(T, 1, rows=N), make("bidirectional", schedule="uniform", strategies=(rates,)))
+    monkeypatch.setattr(
+        diffusion, "span_mask_row", lambda *a: s3_rows.__setitem__(-1, True) or span_mask_row(*a)
+    )
+    noised = noise(
+        even_blocks(T, 1, rows=N), make("bidirectional", schedule="uniform", strategies=(rates,))
+    )
     s1, s2, s3 = ~noised.maskable[:, 0], noised.x0[:, -1] == PAD, torch.tensor(s3_rows)
     assert not (s1 & s2).any()
     for found, p in ((s1, 0.3), (s2, 0.2), (s3, 0.4), (s1 & s3, 0.12), (s2 & s3, 0.08)):
@@ -414,10 +586,16 @@ def test_s1_s2_s3_rates(monkeypatch):
     assert torch.equal(noised.maskable[s2], (i < cut)[s2])
     assert noised.maskable[~s1 & ~s2].all()
     assert torch.equal(noised.x0 == PAD, s2[:, None] & (i >= cut))
-    assert torch.equal(noised.xt == PAD, noised.x0 == PAD) and (noised.x0[noised.x0 != PAD] == 0).all()
+    assert (
+        torch.equal(noised.xt == PAD, noised.x0 == PAD) and (noised.x0[noised.x0 != PAD] == 0).all()
+    )
     for rows in (s1, s2):
         counts = torch.bincount(cut[rows, 0], minlength=T)[1:].numpy()
-        assert len(counts) == T - 1 and counts.min() > 0 and chi2_p(counts, rows.sum().item() / (T - 1)) > 1e-6
+        assert (
+            len(counts) == T - 1
+            and counts.min() > 0
+            and chi2_p(counts, rows.sum().item() / (T - 1)) > 1e-6
+        )
 
 
 def test_the_epoch_picks_the_rates_and_the_last_ones_stay():
@@ -430,6 +608,7 @@ def test_the_epoch_picks_the_rates_and_the_last_ones_stay():
 
 # --- the loss -----------------------------------------------------------------------------------------------------
 
+
 def plain_loss(net, noised, recipe, rows):
     """Σ weight · -log p from all the logits of one row after another, read where the objectives' definition says."""
     size, noisy = ATTENTION_OF[recipe.objective]
@@ -437,7 +616,9 @@ def plain_loss(net, noised, recipe, rows):
     for r, lengths in enumerate(rows):
         T = sum(lengths)
         positions = torch.tensor([i - block_of(i, lengths, K)[0] for i in range(T)])
-        tokens, copies = (torch.cat([noised.xt[r], noised.x0[r]]), 2) if noisy else (noised.xt[r], 1)
+        tokens, copies = (
+            (torch.cat([noised.xt[r], noised.x0[r]]), 2) if noisy else (noised.xt[r], 1)
+        )
         log_p = dense_log_p(net, tokens, positions.repeat(copies), who_sees(lengths, K, noisy))
         for i in noised.masked[r].nonzero()[:, 0].tolist():
             at = i - 1 if recipe.shift else i
@@ -460,7 +641,10 @@ def test_weighted_loss_and_gradients_from_full_logits(objective, shift, chunk, m
     assert losses.shape == (int(noised.masked.sum()),) and losses.dtype == torch.float32
     got, want = weighted_loss(net, noised, recipe), plain_loss(net, noised, recipe, rows)
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
-    for a, b in zip(torch.autograd.grad(got, list(net.parameters())), torch.autograd.grad(want, list(net.parameters()))):
+    for a, b in zip(
+        torch.autograd.grad(got, list(net.parameters())),
+        torch.autograd.grad(want, list(net.parameters())),
+    ):
         assert (a - b).norm() <= 2e-5 * b.norm()
 
 
@@ -469,7 +653,9 @@ def test_micro_batches_sum_to_the_whole(objective, shift):
     net, recipe = small_model(), make(objective, shift=shift)
     noised = noise(batch([9, 1, 11], [21], [4, 4, 13], [2] * 10 + [1], [20, 1]), recipe)
     whole = weighted_loss(net, noised, recipe)
-    parts = sum(weighted_loss(net, noised.rows(a, b, "cpu"), recipe) for a, b in ((0, 2), (2, 3), (3, 5)))
+    parts = sum(
+        weighted_loss(net, noised.rows(a, b, "cpu"), recipe) for a, b in ((0, 2), (2, 3), (3, 5))
+    )
     assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
     for a, b in zip(*(torch.autograd.grad(x, list(net.parameters())) for x in (parts, whole))):
         assert (a - b).norm() <= 1e-5 * b.norm()
@@ -480,24 +666,38 @@ def test_nothing_to_score_is_a_loss_of_0(objective, shift):
     net, recipe = small_model(), make(objective, shift=shift)
     loss = weighted_loss(net, noise(batch([1, 1, 1]), recipe), recipe)
     loss.backward()
-    assert loss.item() == 0 and all((p.grad == 0).all() for p in net.parameters() if p.grad is not None)
+    assert loss.item() == 0 and all(
+        (p.grad == 0).all() for p in net.parameters() if p.grad is not None
+    )
 
 
 # --- the likelihood bound -----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("n", range(1, 9))
 def test_every_mask_has_the_integral_as_its_weight(n):
     """1/(m·C(n,m)) against quadrature of t^(m-1) (1-t)^(n-m), to 1e-10, and every mask once."""
     data = batch([1, n + 1])  # the document's first token is context
-    found = list(every_mask(Noised(data[0], data[0], data[3], data[3], data[3].float(), *data[1:3]), make("bidirectional"), n))
+    found = list(
+        every_mask(
+            Noised(data[0], data[0], data[3], data[3], data[3].float(), *data[1:3]),
+            make("bidirectional"),
+            n,
+        )
+    )
     assert {tuple(noised.masked[0, 2:].tolist()) for noised in found} == {
-        tuple(i in chosen for i in range(n)) for m in range(1, n + 1) for chosen in combinations(range(n), m)}
+        tuple(i in chosen for i in range(n))
+        for m in range(1, n + 1)
+        for chosen in combinations(range(n), m)
+    }
     assert len(found) == 2**n - 1
     for noised in found:
         m = int(noised.masked.sum())
         integral = over_t(lambda t: t ** (m - 1) * (1 - t) ** (n - m))
         assert abs(1 / (m * comb(n, m)) - integral) < 1e-10
-        assert noised.weight[noised.masked].tolist() == pytest.approx([integral] * m, rel=1e-7)  # float32
+        assert noised.weight[noised.masked].tolist() == pytest.approx(
+            [integral] * m, rel=1e-7
+        )  # float32
         assert torch.equal(noised.xt, torch.where(noised.masked, MASK, data[0]))
 
 
@@ -513,27 +713,54 @@ def brute_nelbo(net, data, recipe, rows):
             sees = position < position[:, None] // K * K + K
             for m in range(1, len(chosen) + 1):
                 for masked in combinations(chosen, m):
-                    tokens = x0[r, doc:block[-1] + 1].clone()
+                    tokens = x0[r, doc : block[-1] + 1].clone()
                     tokens[[i - doc for i in masked]] = MASK
                     log_p = dense_log_p(net, tokens, position, sees)
-                    total -= sum(log_p[i - doc - recipe.shift, x0[r, i]].item() for i in masked) / (m * comb(len(chosen), m))
+                    total -= sum(log_p[i - doc - recipe.shift, x0[r, i]].item() for i in masked) / (
+                        m * comb(len(chosen), m)
+                    )
     return total
 
 
-@pytest.mark.parametrize("objective, K, shift", [("block", 2, False), ("block", 2, True), ("block", 3, False),
-                                                 ("block", 3, True), ("block", 4, False), ("block", 4, True),
-                                                 ("bidirectional", 1, False), ("ar_diffusion", 1, True)])
+@pytest.mark.parametrize(
+    "objective, K, shift",
+    [
+        ("block", 2, False),
+        ("block", 2, True),
+        ("block", 3, False),
+        ("block", 3, True),
+        ("block", 4, False),
+        ("block", 4, True),
+        ("bidirectional", 1, False),
+        ("ar_diffusion", 1, True),
+    ],
+)
 def test_the_nelbo_is_exact_in_short_blocks(objective, K, shift):
     rows = [[6, 1, 2, 5], [14]] if objective == "block" else [[6, 1, 2, 5]]
-    net, data, recipe = small_model(), batch(*rows, holes=0.1), make(objective, block_size=K, shift=shift)
+    net, data, recipe = (
+        small_model(),
+        batch(*rows, holes=0.1),
+        make(objective, block_size=K, shift=shift),
+    )
     nats, variance = nelbo(net, *data, recipe)
     with torch.no_grad():
-        assert nats == pytest.approx(brute_nelbo(net, data, recipe, rows), rel=1e-5) and variance == 0
+        assert (
+            nats == pytest.approx(brute_nelbo(net, data, recipe, rows), rel=1e-5) and variance == 0
+        )
 
 
-@pytest.mark.parametrize("objective, lengths, exact_up_to", [
-    ("bidirectional", [7, 4, 3], 0), ("bidirectional", [11, 4], 10), ("ar_diffusion", [11, 4], 10), ("block", [9, 7], 0)])
-def test_the_nelbo_by_monte_carlo_agrees_with_the_exact_one(objective, lengths, exact_up_to, monkeypatch):
+@pytest.mark.parametrize(
+    "objective, lengths, exact_up_to",
+    [
+        ("bidirectional", [7, 4, 3], 0),
+        ("bidirectional", [11, 4], 10),
+        ("ar_diffusion", [11, 4], 10),
+        ("block", [9, 7], 0),
+    ],
+)
+def test_the_nelbo_by_monte_carlo_agrees_with_the_exact_one(
+    objective, lengths, exact_up_to, monkeypatch
+):
     """A document of 10 maskable tokens is enumerated after all, or shorter ones are not. Bound: 5 standard errors."""
     net, data, recipe = small_model(), batch(lengths), make(objective, block_size=3)
     if exact_up_to:
@@ -552,7 +779,10 @@ def test_the_nelbo_enumerates_up_to_8_and_each_row_has_its_own_masks():
     assert nelbo(net, *batch([9]), recipe)[1] == 0 < nelbo(net, *batch([10]), recipe)[1]
     data = batch([12], [10, 2], [12])
     whole = nelbo(net, *data, recipe, seed=2)[0]
-    parts = [nelbo(net, *(x[row:row + 1] for x in data), recipe, seed=2, rows=[row])[0] for row in range(3)]
+    parts = [
+        nelbo(net, *(x[row : row + 1] for x in data), recipe, seed=2, rows=[row])[0]
+        for row in range(3)
+    ]
     assert whole == pytest.approx(sum(parts), rel=1e-6)
     assert whole != pytest.approx(nelbo(net, *data, recipe, seed=3)[0], rel=1e-6)
 
@@ -577,15 +807,21 @@ def test_at_block_size_1_the_nelbo_is_the_chain_rule(shift):
         if shift:
             ar = make("ar")
             assert nats == pytest.approx(nelbo(net, x0, *rest, ar)[0], rel=1e-5)
-            assert nats == pytest.approx(weighted_loss(net, noise((x0, *rest), ar), ar).item(), rel=1e-5)
+            assert nats == pytest.approx(
+                weighted_loss(net, noise((x0, *rest), ar), ar).item(), rel=1e-5
+            )
 
 
 # --- attention-mask annealing -------------------------------------------------------------------------------------
 
+
 def test_annealing_opens_causal_attention_to_bidirectional_one_token_at_a_time():
     recipe, (doc_start, doc_end) = make("bidirectional", anneal_steps=10), packed([7, 13], [20])
     masks = [spans_for(recipe, doc_start, doc_end, step).dense_mask() for step in range(11)]
-    causal, full = (spans_for(make(o), doc_start, doc_end).dense_mask() for o in ("ar_diffusion", "bidirectional"))
+    causal, full = (
+        spans_for(make(o), doc_start, doc_end).dense_mask()
+        for o in ("ar_diffusion", "bidirectional")
+    )
     assert torch.equal(masks[0], causal) and torch.equal(masks[10], full)
     i = torch.arange(20)
     for step, mask in enumerate(masks[:10]):

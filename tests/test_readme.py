@@ -1,4 +1,5 @@
 """What README.md says exists: the files it lists, the functions its map of equations names, the settings it types."""
+
 import ast
 import re
 

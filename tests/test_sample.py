@@ -1,4 +1,5 @@
 """Decoding: the cache changes nothing, the logits are those of training, every step unmasks what it should."""
+
 import sys
 
 import pytest
@@ -19,7 +20,9 @@ class Tok:
 
 def random_model(seed):
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(VOCAB, 24, 2, 4, 2, 6, 40, 64, qk_norm=True, tie_embeddings=False))
+    model = Transformer(
+        ModelConfig(VOCAB, 24, 2, 4, 2, 6, 40, 64, qk_norm=True, tie_embeddings=False)
+    )
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model.eval()
@@ -30,14 +33,24 @@ def training_logits(model, text, a, b, recipe):
     B, L = text.shape
     start = torch.zeros(B, L, dtype=torch.int32)
     spans = spans_for(recipe, start, torch.full_like(start, L))
-    x = torch.cat([text, text.masked_fill(text == MASK, PAD)], 1) if recipe.objective == "block" else text
+    x = (
+        torch.cat([text, text.masked_fill(text == MASK, PAD)], 1)
+        if recipe.objective == "block"
+        else text
+    )
     where = read_at(recipe, start)[:, a:b, None]
     hidden = model(x, spans)
     return model.logits(hidden.gather(1, where.expand(-1, -1, hidden.shape[-1])))
 
 
-recipes = st.builds(lambda objective, shift, K: Recipe(objective, True if objective == "ar" else shift, K, mask_id=MASK),
-                    st.sampled_from(["ar", "block", "bidirectional", "ar_diffusion"]), st.booleans(), st.integers(1, 7))
+recipes = st.builds(
+    lambda objective, shift, K: Recipe(
+        objective, True if objective == "ar" else shift, K, mask_id=MASK
+    ),
+    st.sampled_from(["ar", "block", "bidirectional", "ar_diffusion"]),
+    st.booleans(),
+    st.integers(1, 7),
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -56,7 +69,11 @@ def test_cached_uncached_and_training_logits_are_the_same(recipe, n, new, seed):
             assert (cached - plain).abs().max() < 1e-5 * (1 + plain.abs().max())
             reference = training_logits(model, text, a, b, recipe)
             real = slice(1 if a == 0 and recipe.shift else 0, None)  # position 0 is never predicted
-            assert (plain - reference)[:, real].abs().max() < 1e-5 * (1 + plain.abs().max()) if b - a > real.start else True
+            assert (
+                (plain - reference)[:, real].abs().max() < 1e-5 * (1 + plain.abs().max())
+                if b - a > real.start
+                else True
+            )
             for row in text:  # write somewhere, as decoding would
                 open_ = (row[a:b] == MASK).nonzero()[:, 0]
                 row[a + open_[torch.randint(len(open_), ())]] = torch.randint(4, VOCAB, ())
@@ -71,7 +88,9 @@ def test_autoregressive_decoding_is_the_plain_greedy_loop():
         for _ in range(20):
             x = torch.tensor([expected])
             start = torch.zeros(x.shape, dtype=torch.int32)
-            logits = model.logits(model(x, spans_for(Recipe("ar"), start, start + x.shape[1])))[0, -1]
+            logits = model.logits(model(x, spans_for(Recipe("ar"), start, start + x.shape[1])))[
+                0, -1
+            ]
             logits[[MASK, PAD]] = -torch.inf
             expected.append(int(logits.argmax()))
             if expected[-1] == EOS:
@@ -85,13 +104,24 @@ def test_an_autoregressive_model_whose_vocabulary_has_no_mask_samples_too():
 
     for eos in (EOS, None):
         Plain.eos_id = eos
-        (ids,), _ = sample.generate(random_model(5), Plain, Recipe("ar"), [BOS, 7, 8], max_new_tokens=12)
+        (ids,), _ = sample.generate(
+            random_model(5), Plain, Recipe("ar"), [BOS, 7, 8], max_new_tokens=12
+        )
         assert len(ids) == 12 or eos is not None
 
 
 @settings(deadline=None, max_examples=60)
-@given(recipes, st.integers(1, 9), st.integers(1, 17), st.integers(0, 9), st.sampled_from([0.0, 0.7]), st.integers(0, 10**6))
-def test_whatever_the_settings_every_position_is_written_and_never_with_mask_or_pad(recipe, n, new, steps, temperature, seed):
+@given(
+    recipes,
+    st.integers(1, 9),
+    st.integers(1, 17),
+    st.integers(0, 9),
+    st.sampled_from([0.0, 0.7]),
+    st.integers(0, 10**6),
+)
+def test_whatever_the_settings_every_position_is_written_and_never_with_mask_or_pad(
+    recipe, n, new, steps, temperature, seed
+):
     model = random_model(seed % 5)
     prompt = [BOS, *range(5, 4 + n)]
     K = {"ar": 1, "block": recipe.block_size}.get(recipe.objective, new)
@@ -133,27 +163,37 @@ def test_decoding_stops_at_an_eos_with_nothing_masked_to_its_left(monkeypatch):
     logits = torch.zeros(1, 4, VOCAB)
     logits[0, range(4), [10, EOS, 12, 13]] = torch.tensor([1.0, 9.0, 2.0, 0.5])
     calls = []
-    monkeypatch.setattr(sample.Decoding, "logits", lambda self, a, b: calls.append(a) or logits.clone())
+    monkeypatch.setattr(
+        sample.Decoding, "logits", lambda self, a, b: calls.append(a) or logits.clone()
+    )
     recipe = Recipe("block", block_size=4, mask_id=MASK)
-    found, written = sample.generate(random_model(0), Tok, recipe, [BOS, 5, 6, 7], max_new_tokens=40)
+    found, written = sample.generate(
+        random_model(0), Tok, recipe, [BOS, 5, 6, 7], max_new_tokens=40
+    )
     assert found == [[10]] and written == 2 and calls == [4, 4, 4]  # <eos>, 12, then 10 before it
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--prompt="], "the prompt is empty"),
-    (["--prompt=   "], "the prompt is empty"),
-    (["--prompt=" + "def f(x):\n" * 100], "the model's context only 64"),
-    (["--steps=5"], "more than the 4 tokens of a block"),
-    (["--samples=0"], "samples=0 must be 1 or more"),
-    (["--temperature=-1"], "temperature=-1.0"),
-    (["--init_from=/nowhere"], "no checkpoint in /nowhere"),
-    (["--device=mps"], "device='mps' is not available here"),
-    (["--promt=x"], "did you mean 'prompt'"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--prompt="], "the prompt is empty"),
+        (["--prompt=   "], "the prompt is empty"),
+        (["--prompt=" + "def f(x):\n" * 100], "the model's context only 64"),
+        (["--steps=5"], "more than the 4 tokens of a block"),
+        (["--samples=0"], "samples=0 must be 1 or more"),
+        (["--temperature=-1"], "temperature=-1.0"),
+        (["--init_from=/nowhere"], "no checkpoint in /nowhere"),
+        (["--device=mps"], "device='mps' is not available here"),
+        (["--promt=x"], "did you mean 'prompt'"),
+    ],
+)
 def test_mistakes_end_in_one_sentence(data_folder, tmp_path, monkeypatch, arguments, says):
     from tokenizer import Tokenizer
     import test_checkpoint
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)  # so that asking for it is a mistake everywhere
+
+    monkeypatch.setattr(
+        torch.backends.mps, "is_available", lambda: False
+    )  # so that asking for it is a mistake everywhere
     tok = Tokenizer(data_folder)
     test_checkpoint.save(tmp_path / "run", 1, test_checkpoint.small_model(tok), tok)
     monkeypatch.setattr(sys, "argv", ["sample.py", f"--init_from={tmp_path / 'run'}", *arguments])
@@ -165,10 +205,21 @@ def test_mistakes_end_in_one_sentence(data_folder, tmp_path, monkeypatch, argume
 def test_the_script_prints_prompt_completion_and_speed(data_folder, tmp_path, monkeypatch, capsys):
     from tokenizer import Tokenizer
     import test_checkpoint
+
     tok = Tokenizer(data_folder)
     test_checkpoint.save(tmp_path / "out" / "run", 1, test_checkpoint.small_model(tok), tok)
     monkeypatch.chdir(tmp_path)  # the newest run is found by itself
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt=def f(x):", "--max_new_tokens=12", "--samples=2", "--temperature=1"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "sample.py",
+            "--prompt=def f(x):",
+            "--max_new_tokens=12",
+            "--samples=2",
+            "--temperature=1",
+        ],
+    )
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     sample.main()
     printed = capsys.readouterr().out

@@ -1,0 +1,299 @@
+"""A run: its folder, resuming, restarts, signals, metrics. What train.py and rl.py share besides
+the loop.
+
+    out/toy/latest            the name of the newest checkpoint, such as step_0000300
+    out/toy/step_0000300/     a checkpoint (checkpoint.py)
+    out/toy/metrics.jsonl     one line per step or evaluation
+    out/toy/lock              held by the process that writes here
+
+A run that is killed at any moment resumes from its newest checkpoint; what came after is computed
+again, with the same numbers.
+
+Not covered: what is in a checkpoint.
+"""
+import ctypes
+import json
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import files
+import huggingface
+import parallel
+from configurator import Mistake
+from model import fast_dtype
+
+
+class Run:
+    """The folder of a run, opened: `with Run(out, resume, world) as run:`.
+
+    folder: Path. checkpoint: the folder to resume from, or None for a new run. saved: what that
+    checkpoint was saved with (see `save`), or None. start: the step to begin with, 0 for a new run.
+    stop_signals: the SIGINT and SIGTERM that have come since `begin`; the loop looks at them.
+    """
+
+    def __init__(self, out, resume, world):
+        """Raises Mistake where the folder cannot hold this run. Creates nothing yet."""
+        self.folder, self.world = Path(out), world
+        self.lock = self.metrics = None
+        self.track = ignore
+        self.handlers = {}
+        self.stop_signals = []
+        restarts, = world.sum(restarts_of_this_node())
+        newest = world.first(self.newest_checkpoint)
+        if newest and not resume and not restarts:
+            raise Mistake(f"{self.folder} already holds a run ({Path(newest).name}); --resume=true "
+                          "continues it, --out=FOLDER starts another")
+        self.checkpoint = Path(newest) if newest else None
+        self.saved = read_saved(self.checkpoint) if newest else None
+        self.start = self.saved["step"] if newest else 0
+
+    def newest_checkpoint(self):
+        """The checkpoint that `latest` names, as a text, or None where no run has begun.
+
+        Takes the lock if there is a folder, so that nobody writes here from now on.
+        """
+        below = next((p for p in (self.folder, *self.folder.parents) if p.exists()), None)
+        if below is not None and not below.is_dir():
+            raise Mistake(f"out={str(self.folder)!r} cannot be a folder: {below} is a file")
+        if not self.folder.is_dir():
+            return None
+        self.take_lock()
+        names = [p.name for p in self.folder.iterdir()]
+        if "latest" in names or any(re.fullmatch(r"step_[0-9]+", name) for name in names):
+            return str(huggingface.find(self.folder))
+        return None
+
+    def take_lock(self):
+        """Two processes that write one run would destroy each other's files."""
+        if self.lock is not None or os.name != "posix":
+            return
+        import fcntl
+        self.lock = open(self.folder / "lock", "a+", encoding="utf-8", errors="replace")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.seek(0)
+            holder = self.lock.read(200).strip() or "another process"
+            self.lock = self.lock.close()
+            raise Mistake(f"{self.folder} is in use by {holder}; wait until it ends, or start "
+                          "another run with --out=FOLDER") from None
+        except OSError as error:  # a file system without locks
+            print(f"{self.folder} cannot be locked ({error.strerror}): "
+                  "make sure that no other process writes there", file=sys.stderr)
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+        self.lock.flush()
+
+    def check_resumed(self, cfg, fixed, free, data):
+        """A resumed run must go on as the same run. Other settings may change, which is said.
+
+        cfg: the settings now. fixed: names of those that must be as they were. free: names not
+        worth a word. data: loader.fingerprint of the data now.
+        """
+        if self.saved is None:
+            return
+        before, now = self.saved["config"], json.loads(json.dumps(asdict(cfg)))
+        changed = [name for name in now if name in before and before[name] != now[name]]
+        for name in fixed:
+            if name in changed:
+                raise Mistake(f"{name}={now[name]} but the run in {self.folder} has "
+                              f"{name}={before[name]}: resume with the same settings, or start "
+                              "another run with --out=FOLDER")
+        if self.saved.get("data", data) != data:
+            raise Mistake(f"the data in {now['data']} is not what the run in {self.folder} "
+                          "was trained on: it was prepared anew. Prepare it as it was, or start "
+                          f"another run with --out=FOLDER --init_from={self.folder}")
+        news = [f"{name} {before[name]} -> {now[name]}" for name in changed if name not in free]
+        if news:
+            self.world.say(f"resuming with other settings: {', '.join(news)}")
+
+    def begin(self, cfg):
+        """Make the folder, open the metrics, listen to signals: from here on, a stop saves first.
+
+        Ctrl-C and SIGTERM end the run after the step in progress. Alone, a second Ctrl-C ends it at
+        once. Under torchrun signals come twice, from the terminal and from torchrun, which itself
+        waits only so long.
+        """
+        def ask_to_stop(number, frame):
+            if self.stop_signals and self.world.size == 1:
+                sys.exit(128 + number)
+            self.stop_signals.append(number)
+
+        self.world.first(self.make_folder)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, ask_to_stop)
+        path = self.folder / "metrics.jsonl" if self.world.rank == 0 else os.devnull
+        self.metrics = open(path, "a", buffering=1, encoding="utf-8")  # line by line on the disk
+        if self.world.rank == 0:
+            self.track = tracker(cfg.log, self.folder, asdict(cfg))
+
+    def make_folder(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.take_lock()
+        cut_metrics(self.folder / "metrics.jsonl", self.start)
+
+    def log(self, values):
+        """Write a line of metrics, {name: number} with a `step`. Raises OSError, saying where."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+                  for k, v in values.items()}
+        try:
+            self.metrics.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.metrics.name}: {error.strerror}; "
+                          f"{checkpoint.last_good(self.folder)}") from error
+        self.track(finite)
+
+    def evaluate(self, step, score):
+        """Score the held-out windows, show and log it. score: a call of diffusion.evaluate."""
+        began = time.time()
+        scores = score()
+        values = {f"val_{name}": value for name, value in scores.items()}
+        self.log({"step": step, **values, "seconds": time.time() - began})
+        if self.world.rank == 0:
+            tqdm.write(f"step {step}: val NELBO {scores['nelbo']:.4f} nats per token, "
+                       f"{scores['bits_per_byte']:.4f} bits per byte, "
+                       f"± {scores['nelbo_stderr']:.4f}")
+
+    def save(self, step, model, optimizer, tok, recipe, cfg, machine, data):
+        """A checkpoint after `step` steps, with what a resumed run compares itself with.
+
+        Raises Mistake, saving nothing, where a weight is not finite.
+        """
+        norm = parallel.weights_norm(model)
+        if not math.isfinite(norm):
+            raise Mistake(f"after step {step - 1} the weights' norm is {norm}: they were not "
+                          "saved; a lower --lr or --weight_decay usually helps")
+        if self.world.rank == 0:
+            os.fsync(self.metrics.fileno())
+        settings = {"machine": machine, "config": asdict(cfg), "data": data}
+        checkpoint.save(self.folder, step, model, optimizer, tok, recipe, settings, cfg.keep)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        begun = self.metrics is not None
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for file in (self.metrics, self.lock):
+            if file is not None:
+                file.close()
+        if begun and isinstance(error, Mistake):
+            raise Mistake(f"{error}; {checkpoint.last_good(self.folder)}") from error
+
+
+def restarts_of_this_node():
+    """How often torchrun restarted the job here: only the node that lost a process counts it.
+
+    It restarts with the same arguments, and the run's own checkpoint then comes first.
+    """
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def read_saved(folder):
+    """What a checkpoint was saved with. Raises Mistake for a folder that no run has saved."""
+    path = folder / "state" / "train.json"
+    saved = files.read_json(path)
+    kinds = {"step": int, "config": dict, "machine": dict}
+    for name, kind in kinds.items():
+        if not isinstance(saved.get(name), kind):
+            raise Mistake(f"{folder} cannot be resumed: {path} has no {name}")
+    return saved
+
+
+def cut_metrics(path, step):
+    """Drop the lines of metrics.jsonl from `step` on, which a resumed run writes again.
+
+    What is not one of our lines goes too: a line that a kill cut short, for one.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+            continue
+        if values["step"] < step:
+            kept.append(line.decode() + "\n")
+    files.write_text(path, "".join(kept))
+
+
+def ignore(values):
+    """Where metrics go when nobody asked for them elsewhere."""
+
+
+def tracker(log, folder, settings):
+    """A function of a dict of metrics that shows them in TensorBoard or Weights & Biases.
+
+    log: 'none', 'tensorboard' or 'wandb'. Raises Mistake where its package is not installed.
+    """
+    if log == "none":
+        return ignore
+    try:
+        if log == "wandb":
+            import wandb
+            shown = wandb.init(project="nanoDiffCoder", name=folder.name, dir=folder,
+                               config=settings, id=folder.name, resume="allow")
+            return lambda values: shown.log(values, step=values["step"])
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise Mistake(f"log={log!r} needs a package that is not installed: "
+                      f"pip install {log}") from error
+    writer = SummaryWriter(folder)
+
+    def write(values):
+        for name, value in values.items():
+            if value is not None:
+                writer.add_scalar(name, value, values["step"])
+    return write
+
+
+def pick_machine(cfg, world, saved):
+    """What decides the bits, dtype and threads: as asked for, else as the resumed run had it, else
+    as the hardware suggests. Sets the threads, and keeps freed memory.
+
+    saved: see Run.saved. Returns a dict of JSON values.
+    """
+    device = world.device.type
+    machine = {"device": device, "dtype": fast_dtype(device), "threads": torch.get_num_threads(),
+               "processes": world.size, "torch": torch.__version__,
+               "cpu": torch.backends.cpu.get_cpu_capability()}
+    before = saved["machine"] if saved else machine
+    for name in ("dtype", "threads"):
+        machine[name] = before.get(name, machine[name])
+    if cfg.dtype != "auto":
+        machine["dtype"] = cfg.dtype
+    if cfg.threads:
+        machine["threads"] = cfg.threads
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in machine.items()
+               if before.get(name) != value]
+    if saved and changed:
+        world.say(f"resuming under other conditions ({', '.join(changed)}): numbers may differ in "
+                  "their last digits")
+    torch.set_num_threads(machine["threads"])
+    keep_freed_memory()
+    return machine
+
+
+def keep_freed_memory():
+    """Ask glibc to keep large buffers: getting them anew took a quarter of a CPU step's time."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: allocations below 1 GB come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink

@@ -59,8 +59,8 @@ from tqdm import tqdm
 from configurator import Float, Int, Mistake, Name, check_fields, configure
 from data.stack.sources import list_files, read_mixture, read_texts
 from data.stdlib.prepare import find_tokenizer, open_tokenizer, shorten_blanks
-from files import read_json, write_text
-from tokenizer import SPLIT, train_tokenizer
+from files import read_json, read_text, write_text
+from tokenizer import SPLIT, Tokenizer, train_tokenizer
 
 
 @dataclass
@@ -100,15 +100,11 @@ def dtype_for(vocab_size):
 
 @lru_cache(1)
 def load_tokenizer(folder):
-    """(encode, [bos], [eos], dtype). encode uses one thread: there is a process for every core."""
-    tok = open_tokenizer(folder)
-    if getattr(tok, "tik", None):
-        encode = tok.tik.encode_ordinary
-    else:
-        def encode(text):
-            return tok.encode_batch([text])[0]
+    """(encode, [bos], [eos], dtype) of the tokenizer that `settle_tokenizer` left in a folder."""
+    config = read_json(folder / "tokenizer_config.json")
+    tok = Tokenizer(read_text(folder / "tokenizer.json"), config)
     bos = [] if tok.bos_id is None else [tok.bos_id]
-    return encode, bos, [tok.eos_id], dtype_for(tok.vocab_size)
+    return tok.encode, bos, [tok.eos_id], dtype_for(tok.vocab_size)
 
 
 def make_part(stem, url, source, cfg):

@@ -28,7 +28,7 @@ import numpy as np
 
 from configurator import Float, Int, Mistake, Name, configure
 from files import read_json, sync, write_text
-from tokenizer import SPLIT, Tokenizer, train_tokenizer
+from tokenizer import SPLIT, train_tokenizer
 
 
 @dataclass
@@ -90,7 +90,8 @@ def find_tokenizer(name):
 
     name: a folder, its tokenizer.json, a run such as out/toy, or a model on the Hub.
     """
-    from checkpoint import TOKENIZER_FILES, fetch, find  # only here: they need torch
+    from huggingface import TOKENIZER_FILES, fetch, find
+
     folder = fetch(name, TOKENIZER_FILES)
     if folder.name == "tokenizer.json":
         folder = folder.parent
@@ -103,7 +104,10 @@ def find_tokenizer(name):
 
 
 def open_tokenizer(folder, bos_token=""):
-    return Tokenizer(folder, bos_token)
+    """A folder's Tokenizer. bos_token: a name to use instead of the folder's."""
+    from huggingface import load_tokenizer  # needs torch, which data.stack's workers do without
+
+    return load_tokenizer(folder, bos_token)
 
 
 def shorten_blanks(text):

@@ -3,11 +3,8 @@ import ast
 import re
 
 import pytest
-<<<<<<< HEAD
-=======
 
 import train
->>>>>>> refs/heads/data
 from conftest import ROOT
 
 CONFIGS = sorted(path.stem for path in ROOT.glob("config/*.py"))

@@ -71,7 +71,7 @@ class Run:
         self.take_lock()
         names = [p.name for p in self.folder.iterdir()]
         if "latest" in names or any(re.fullmatch(r"step_[0-9]+", name) for name in names):
-            return str(huggingface.find(self.folder))
+            return str(huggingface.latest_of(self.folder))
         return None
 
     def take_lock(self):

@@ -104,9 +104,10 @@ def heading(cfg, machine, words):
     return [f"# Training on the CPU by several processes, {date.today()}", "",
             f"    python -m bench.train_ranks {' '.join(words)}".rstrip(), "",
             f"{platform.machine()}, {os.cpu_count()} cores, "
-            f"load {os.getloadavg()[0]:.1f} at the end, {machine['cpu']}; Python {platform.python_version()}, torch {torch.__version__}; "
-            f"{machine['dtype']}. The toy model (4 layers, d_model 192, 3 heads, 1 KV head of 64), "
-            f"block objective, K = 4, T = {cfg.context}, {cfg.tokens} clean tokens per step, "
+            f"load {os.getloadavg()[0]:.1f} at the end, {machine['cpu']}; "
+            f"Python {platform.python_version()}, torch {torch.__version__}; {machine['dtype']}. "
+            "The toy model (4 layers, d_model 192, 3 heads, 1 KV head of 64), block objective, "
+            f"K = 4, T = {cfg.context}, {cfg.tokens} clean tokens per step, "
             f"{cfg.rounds} runs of {cfg.steps} steps each, alternating.", ""]
 
 

@@ -48,16 +48,12 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100":
 
 def positions(cfg):
     """Positions per step that pass through the blocks: [xt ; x0] is 2T per row under `block`."""
-    if cfg.objective == "block":
-        return 2 * cfg.batch_tokens
-    return cfg.batch_tokens
+    return 2 * cfg.batch_tokens if cfg.objective == "block" else cfg.batch_tokens
 
 
 def last_queries(cfg):
     """Positions per step that ask in the last block: under `block` only the noisy half is read."""
-    if cfg.objective == "block" and not cfg.shift:
-        return cfg.batch_tokens
-    return positions(cfg)
+    return positions(cfg) if cfg.shift else cfg.batch_tokens
 
 
 def step_flops(model_cfg, positions, scored, pairs, queries):
@@ -65,14 +61,13 @@ def step_flops(model_cfg, positions, scored, pairs, queries):
 
     A product of (m, k) and (k, n) takes 2mkn, and twice that in the backward pass. So a step takes
 
-        6 · positions · weights of the blocks' matrices      in all blocks but the last
-        6 · (positions · Wk, Wv + queries · Wq + scored · (Wo + MLP))      in the last block
-        6 · scored · d_model · vocab_size                    only scored tokens meet the head
-        12 · pairs · n_head · head_dim                       QKᵀ and PV, in all blocks but the last
-        12 · pairs · queries / positions · n_head · head_dim               in the last block
+        6 · positions · (Wq + Wk + Wv + Wo + MLP)                    each block but the last
+        6 · (positions (Wk + Wv) + queries · Wq + scored (Wo + MLP))    the last block
+        6 · scored · d_model · vocab_size                               the head
+        12 · pairs · n_head · head_dim      QKᵀ and PV of a block; queries / positions of it are
+                                            left in the last one
 
-    positions, scored, pairs: of the global batch. pairs: per head and layer, see Spans.pairs.
-    queries: last_queries(cfg). A noisy query has as many pairs as its clean twin.
+    positions, scored, pairs (see Spans.pairs), queries (see last_queries): of the global batch.
     """
     c = model_cfg
     width = c.n_head * c.head_dim
@@ -82,6 +77,7 @@ def step_flops(model_cfg, positions, scored, pairs, queries):
     blocks = (c.n_layer - 1) * positions * (wq + wk + wv + wo + mlp)
     last = positions * (wk + wv) + queries * wq + scored * (wo + mlp)
     head = scored * c.d_model * c.vocab_size
+    # a noisy query has as many pairs as its clean twin
     all_pairs = (c.n_layer - 1) * pairs + pairs * queries // positions
     return 6 * (blocks + last + head) + 12 * all_pairs * width
 
@@ -93,15 +89,12 @@ def peak_flops(device):
 
 
 def peak_memory(device):
-    """Most memory this process has held, in bytes: a GPU's tensors, or on a CPU the whole process.
-
-    0 on Windows, which does not tell.
-    """
+    """Most memory this process has held, in bytes: a GPU's tensors, or on a CPU all of it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        return 0
-    import resource  # Windows has none
+        return 0  # Windows does not tell
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -144,11 +137,8 @@ def shapes_of(sizes):
     """`weight_shapes` of a ModelConfig's values."""
     with torch.device("meta"):
         one_block = model.Transformer(model.ModelConfig(*sizes))
-    root, block = [], []
-    for name, p in one_block.named_parameters():
-        group = block if name.startswith("layers.") else root
-        group.append(tuple(p.shape))
-    return root, block
+    root = [tuple(p.shape) for name, p in one_block.named_parameters() if "layers." not in name]
+    return root, [tuple(p.shape) for p in one_block.layers.parameters()]
 
 
 def numel(shapes, sharers=1):
@@ -157,11 +147,8 @@ def numel(shapes, sharers=1):
 
 
 def optimizer_bytes(shapes, sharers, optimizer):
-    """Optimizer state of the first process, which has the most rows.
-
-    AdamW: two moments and a step count per weight. Adafactor: see parallel.py.
-    """
-    if optimizer == "adamw":
+    """Optimizer state of the first process, which has the most rows."""
+    if optimizer == "adamw":  # two moments, and a step count per weight
         return 8 * numel(shapes, sharers) + 4 * len(shapes)
     rows_and_columns = sum(-(-s[0] // sharers) + sum(s[1:]) for s in shapes)
     return 4 * rows_and_columns + 4 * len(shapes)
@@ -183,8 +170,8 @@ def block_activations(model_cfg, e, recompute, n, queries, read, copied=0):
     rotated = e * (queries * q + n * kv)
     attended = queries * (e * q + 4 * c.n_head)  # and the log-sum-exp
     second_norm = read * (2 * e * d + 4)  # input plus attention; normalised, for gate and up
-    everything = entered + normalised + rotated + n * e * kv + attended + copied + second_norm
-    everything += read * e * 4 * f  # gate; silu(gate), up; their product, for down
+    mlp = read * e * 4 * f  # gate; silu(gate), up; their product, for down
+    everything = entered + normalised + rotated + n * e * kv + attended + copied + second_norm + mlp
     if c.qk_norm:  # q and k before their norms
         everything += rotated + 4 * (queries * c.n_head + n * c.n_kv_head)
     if recompute == "none":
@@ -202,23 +189,21 @@ def number_bytes(cfg):
 
 
 def activation_bytes(model_cfg, cfg, rows):
-    """Of a micro-batch of `rows`: (of a block, of the last block, kept outside the blocks).
-
-    Of a block: (kept, computed again).
-    """
-    e, d = number_bytes(cfg), model_cfg.d_model
+    """Of a micro-batch of `rows`: a block's (kept, computed again), the last block's, and the bytes
+    kept outside the blocks."""
+    e, d, h = number_bytes(cfg), model_cfg.d_model, model_cfg.head_dim
     tokens = rows * cfg.context  # all of them are scored
     n = tokens * positions(cfg) // cfg.batch_tokens
     queries = tokens * last_queries(cfg) // cfg.batch_tokens
-    copied = tokens * e * model_cfg.n_head * model_cfg.head_dim  # of attention's output
+    copied = tokens * e * model_cfg.n_head * h  # of attention's output
     if queries < n and rows > 1:
         copied += queries * e * d  # of the normalised input, for q
     blocks = []
-    for shape in ((n, n, n), (n, queries, tokens, copied)):
-        kept, again = block_activations(model_cfg, e, cfg.recompute, *shape)
-        spans = 16 * tokens  # stacked for the kernel, in each block
+    for sizes_of_block in ((n, n, n), (n, queries, tokens, copied)):
+        kept, again = block_activations(model_cfg, e, cfg.recompute, *sizes_of_block)
+        spans = 16 * tokens  # stacked for the kernel
         blocks.append((kept + spans, 0) if cfg.recompute == "none" else (kept, again + spans))
-    outside = n * (8 + 4 * model_cfg.head_dim)  # ids, angles
+    outside = n * (8 + 4 * h)  # ids, angles
     outside += tokens * (2 * e * d + 4)  # the last norm's input and output
     outside += tokens * (30 + 8)  # the batch; where the loss reads
     return *blocks, outside
@@ -247,17 +232,17 @@ class Step:
         # micro-batches: rows, tokens, positions
         rows = cfg.batch_tokens // cfg.context // ranks
         micro = min(cfg.micro_batch, rows)
-        self.tokens = tokens = micro * cfg.context
-        self.n = tokens * positions(cfg) // cfg.batch_tokens
         self.several = rows > micro
         self.accumulates = self.several and not cfg.reduce_each
+        self.tokens = micro * cfg.context
+        self.n = self.tokens * positions(cfg) // cfg.batch_tokens
         one_block, last_block, self.outside = activation_bytes(model_cfg, cfg, micro)
         self.kept, self.again = one_block
         self.last_kept, self.last_again = last_block
         # the loss holds the logits of a chunk of tokens at a time
         chunk = max(1, model.LOGITS_AT_ONCE // model_cfg.vocab_size)
-        self.chunks = -(-tokens // chunk)
-        self.logits = min(chunk, tokens) * model_cfg.vocab_size
+        self.chunks = -(-self.tokens // chunk)
+        self.logits = min(chunk, self.tokens) * model_cfg.vocab_size
 
     def at(self, left, in_transit, gathered, blocks, **more):
         """A moment. left: blocks whose gradients are to come. blocks: those with activations."""
@@ -289,18 +274,18 @@ class Step:
     def loss(self):
         gathered = self.r if self.cfg.reshard else self.r + self.L * self.b
         # PyTorch adds the first two gradients of a weight into a third tensor, the others in place
-        of_head = [1, 3] if self.chunks > 1 else [0, 1]
-        work = max(12 * self.logits + self.e * of_head[0] * self.head,
-                   self.e * self.logits + self.e * of_head[1] * self.head)
-        return self.at(self.L, 0, gathered, self.L, loss=work)
+        added, all_three = (1, 3) if self.chunks > 1 else (0, 1)
+        of_logits = 12 * self.logits + added * self.e * self.head
+        of_head = self.e * self.logits + all_three * self.e * self.head
+        return self.at(self.L, 0, gathered, self.L, loss=max(of_logits, of_head))
 
     def in_block(self, i):
         """Inside block i, while the gradients of the one after it are exchanged."""
         d, f = self.model_cfg.d_model, self.model_cfg.d_ff
         exchanged = 4 * self.b if i < self.L else 0
-        in_transit = self.e * (self.head + d * f) + exchanged
         again, in_mlp = (self.again, self.n) if i < self.L else (self.last_again, self.tokens)
         work = again + in_mlp * self.e * (d + 2 * f)
+        in_transit = self.e * (self.head + d * f) + exchanged
         return self.at(i, in_transit, self.gathered(i), i, work=work)
 
     def end_of_block(self, i):
@@ -311,28 +296,25 @@ class Step:
         return self.at(i, in_transit, self.gathered(i - 1), i - 1, work=work)
 
     def embedding(self):
-        gradients = 2  # of the head and of the embedding
-        if self.model_cfg.tie_embeddings and self.chunks == 1:
-            gradients = 3
+        """The embedding's gradient meets the head's; tied ones are added into a third tensor."""
+        gradients = 3 if self.model_cfg.tie_embeddings and self.chunks == 1 else 2
         in_transit = self.e * gradients * self.head + 4 * self.b
         work = self.n * self.e * self.model_cfg.d_model
         return self.at(0, in_transit, self.r, 0, work=work)
 
     def exchange(self):
         """The root's gradients are exchanged."""
-        left_over = 0
-        if not self.model_cfg.tie_embeddings and self.sharers > 1:
-            left_over = self.e * self.head  # a reference that FSDP2 drops late
-        others = max(self.e * self.r, left_over + 4 * self.my_r)
-        if self.accumulates:
-            others = 0
-        return self.at(0, 4 * self.r + others, 0, 0)
+        in_transit = 4 * self.r
+        if not self.accumulates:
+            late = not self.model_cfg.tie_embeddings and self.sharers > 1
+            left_over = self.e * self.head if late else 0  # a reference that FSDP2 drops late
+            in_transit += max(self.e * self.r, left_over + 4 * self.my_r)
+        return self.at(0, in_transit, 0, 0)
 
     def update(self):
         work = 0
         if self.cfg.optimizer == "adafactor":  # temporary tensors of one weight's update
-            root, block = self.shapes
-            work = 16 * max(numel([shape], self.sharers) for shape in root + block)
+            work = 16 * max(numel([shape], self.sharers) for shape in sum(self.shapes, []))
         terms = self.at(0, 0, 0, 0, work=work)
         return terms | {"gradients": 4 * self.my_weights, "accumulated gradients": 0}
 
@@ -340,12 +322,10 @@ class Step:
 def memory(model_cfg, cfg, ranks):
     """The plan of the fullest of `ranks` processes: {moment of a step: {term: bytes}}."""
     step = Step(model_cfg, cfg, ranks)
-
-    def fullest(moment):  # between the second and the one before the last, a straight line
-        blocks = {step.L, max(step.L - 1, 1), min(2, step.L), 1}
-        return max(blocks, key=lambda i: sum(moment(i).values()))
-
-    i, j = fullest(step.in_block), fullest(step.end_of_block)
+    # between the second block and the one before the last, memory changes in a straight line
+    blocks = {1, min(2, step.L), max(step.L - 1, 1), step.L}
+    i = max(blocks, key=lambda i: sum(step.in_block(i).values()))
+    j = max(blocks, key=lambda j: sum(step.end_of_block(j).values()))
     return {
         "loss": step.loss(),
         f"in block {i}": step.in_block(i),
@@ -362,17 +342,14 @@ def peak(moments):
 
 
 def check_memory(model_cfg, optimizer, device_type):
-    """Refuse, on a CPU, a model whose weights, gradients and optimizer state exceed its memory.
-
-    Where torchrun uses several machines, each holds its share. Raises Mistake.
-    """
+    """Raises Mistake if weights, gradients and optimizer state exceed the memory of a CPU."""
     if device_type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return  # GPUs have allocators that say so; Windows does not tell
     root, block = weight_shapes(model_cfg)
     shapes = root + model_cfg.n_layer * block
     parameters = numel(shapes)
     needs = 8 * parameters + optimizer_bytes(shapes, 1, optimizer)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of several machines each holds its share
     needs = needs * here // int(os.environ.get("WORLD_SIZE", here))
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needs > has:
@@ -382,13 +359,8 @@ def check_memory(model_cfg, optimizer, device_type):
             "--d_model, --n_layer or --vocab_size needs less")
 
 
-# --- what to change so that it fits ---------------------------------------------------------------
-
 def nearest(model_cfg, cfg, ranks):
-    """What to change so that the run fits: ({setting: value}, bytes), or None.
-
-    As few more processes as possible come first, then few changes, then cheap ones.
-    """
+    """The cheapest changes that make it fit, `ranks` the last: ({setting: value}, bytes), or None."""
     rows = cfg.batch_tokens // cfg.context
     counts = [n for n in range(ranks, min(rows, 2**20) + 1, ranks) if rows % n == 0]
     changes = possible_changes(cfg, min(cfg.micro_batch, rows // ranks))
@@ -407,18 +379,17 @@ def possible_changes(cfg, micro_batch):
     cost traffic, full recomputation a third of the FLOPs.
     """
     modes = ["none", "selective", "full"]
+    halved = [micro_batch >> n for n in range(1, micro_batch.bit_length())]
     choices = {
         "recompute": modes[modes.index(cfg.recompute):],
-        "micro_batch": [cfg.micro_batch],
-        "reduce_each": sorted({cfg.reduce_each, True}),
-        "reshard": sorted({cfg.reshard, True}),
-        "shard_ranks": sorted({cfg.shard_ranks, 0}, reverse=True),
+        "micro_batch": [cfg.micro_batch, *halved],
+        "reduce_each": {cfg.reduce_each, True},
+        "reshard": {cfg.reshard, True},
+        "shard_ranks": {cfg.shard_ranks, 0},
     }
-    choices["micro_batch"] += [micro_batch >> n for n in range(1, micro_batch.bit_length())]
     changes = []
     for values in product(*choices.values()):
-        settings = zip(choices, values)
-        changes.append({name: v for name, v in settings if v != getattr(cfg, name)})
+        changes.append({k: v for k, v in zip(choices, values) if v != getattr(cfg, k)})
 
     def cost(changed):
         full = changed.get("recompute") == "full"
@@ -431,15 +402,11 @@ def possible_changes(cfg, micro_batch):
 # --- the plan -------------------------------------------------------------------------------------
 
 def sizes(cfg):
-    """The run's ModelConfig: from the folder it starts from, if that is local, else the settings'.
-
-    Raises Mistake.
-    """
+    """The run's ModelConfig: of the folder it starts from, if that is local, or of the settings."""
     folder = {"scratch": "", "resume": cfg.out}.get(cfg.init_from, cfg.init_from)
     if folder and Path(folder).is_dir():
-        folder = huggingface.find(folder)
         names = (cfg.mask_token, cfg.bos_token)
-        return huggingface.read_description(folder, *names, objective="ar")[0]
+        return huggingface.read_description(huggingface.find(folder), *names, objective="ar")[0]
     if folder:
         print(f"{folder} is not a local folder: planned with the sizes in the settings")
     settings = {f.name: getattr(cfg, f.name) for f in fields(model.ModelConfig)}
@@ -456,8 +423,8 @@ def sizes(cfg):
 def check(cfg, ranks, rows_of):
     """Raises Mistake if the processes cannot share the work."""
     if cfg.shard_ranks and ranks % cfg.shard_ranks:
-        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-        near = min(divisors, key=lambda n: abs(n - cfg.shard_ranks))
+        near = min((n for n in range(1, ranks + 1) if ranks % n == 0),
+                   key=lambda n: abs(n - cfg.shard_ranks))
         raise Mistake(f"shard_ranks={cfg.shard_ranks} must divide the number of processes, "
                       f"{ranks}, as {near} does")
     rows_of(0, ranks, cfg)
@@ -481,9 +448,8 @@ def show(cfg, rows_of):
         print(f"\npeak {most / 1e9:.1f} GB of gpu_memory={cfg.gpu_memory:g}")
         return
     advice = "no recompute, micro_batch or number of ranks makes it fit"
-    change = nearest(model_cfg, cfg, ranks)
-    if change is not None:
-        settings, needs = change
+    settings, needs = nearest(model_cfg, cfg, ranks) or ({}, 0)
+    if settings:
         words = [f"--{name}={str(value).lower()}" for name, value in settings.items()]
         advice = f"{' '.join(words)} needs {needs / 1e9:.1f} GB"
     raise Mistake(f"peak {most / 1e9:.1f} GB exceeds gpu_memory={cfg.gpu_memory:g}: {advice}")
@@ -498,7 +464,6 @@ def print_numbers(cfg, model_cfg, ranks):
     head = "the head is the embedding" if c.tie_embeddings else f"head {embedding:,}"
     print(f"parameters    {total:,}: embedding {embedding:,}, {c.n_layer} blocks of {block:,}, "
           f"{head}, last norm {c.d_model:,}")
-
     rows = tokens // cfg.context
     mine = rows // ranks
     micro = min(cfg.micro_batch, mine)
@@ -506,7 +471,6 @@ def print_numbers(cfg, model_cfg, ranks):
           "positions in the blocks")
     print(f"process       {mine:,} rows, {micro} at a time (micro-batches: {-(-mine // micro)}); "
           f"{ranks:,} processes")
-
     scored, pairs = mask_rate(cfg) * tokens, rows * row_pairs(cfg)
     flops = step_flops(c, positions(cfg), scored, pairs, last_queries(cfg))
     attention = flops - step_flops(c, positions(cfg), scored, 0, last_queries(cfg))
@@ -515,7 +479,6 @@ def print_numbers(cfg, model_cfg, ranks):
     print(f"              attention takes {attention / flops:.0%} if each row is one document, "
           "less if it holds more")
     print(f"run           {steps:,} steps, {steps * tokens:.3e} tokens, {steps * flops:.3e} FLOPs")
-
     tflops = cfg.peak_tflops or PEAK_TFLOPS["H100"]
     seconds = flops / (tflops * 1e12 * ranks * cfg.mfu)
     hours = steps * seconds / 3600
@@ -530,8 +493,6 @@ def print_table(moments, title):
     names = dict.fromkeys(term for terms in moments.values() for term in terms)
     rows = {name: [terms.get(name, 0) for terms in moments.values()] for name in names}
     rows["sum"] = [sum(terms.values()) for terms in moments.values()]
-    heading = "".join(f"{moment:>13}" for moment in moments)
-    print(f"{title:<32}{heading}")
+    print(f"{title:<32}" + "".join(f"{moment:>13}" for moment in moments))
     for name, values in rows.items():
-        cells = "".join(f"{value / 1e9:>13.2f}" for value in values)
-        print(f"{name:<32}{cells}")
+        print(f"{name:<32}" + "".join(f"{value / 1e9:>13.2f}" for value in values))

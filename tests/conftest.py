@@ -1,4 +1,7 @@
-"""What all tests share: the `slow` mark, one thread a process, so that parallel runs do not fight over the cores."""
+"""What all tests share: the `slow` mark, a small corpus, and one thread per process.
+
+With more, tests that run at the same time would fight over the cores.
+"""
 
 import shutil
 import subprocess
@@ -22,22 +25,13 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
-    """A small prepared corpus: a dozen files of the standard library, 320 ids, and their tokenizer."""
+    """A small prepared corpus: some files of the standard library, and a tokenizer of 320 ids."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("data")
-    for name in "abc ast bisect calendar copy csv dis enum fractions glob heapq inspect keyword shlex".split():
+    names = ("abc ast bisect calendar copy csv dis enum fractions glob heapq inspect keyword "
+             "shlex").split()
+    for name in names:
         shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py", source)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "data.stdlib.prepare",
-            f"--source={source}",
-            f"--out={out}",
-            "--vocab_size=320",
-            "--val_percent=25",
-        ],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "data.stdlib.prepare", f"--source={source}", f"--out={out}",
+               "--vocab_size=320", "--val_percent=25"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return out

@@ -17,6 +17,10 @@ number of processes, and none ever holds the whole model.
 
 Not covered: quantized weights, pickled ones (pytorch_model.bin), scaled RoPE, biases beyond Qwen2's.
 """
+if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints no traceback
+    from configurator import begin
+    begin()
+
 import json
 import os
 import pickle
@@ -482,14 +486,14 @@ def verify(cfg, model, tok, recipe):
     tokens = torch.randint(tok.vocab_size, (2, cfg.tokens), generator=generator)  # (2, T)
     spans = spans_of(recipe, tokens)
     ours = model.logits(model(tokens, spans))  # (2, T, vocab)
-    theirs, name = their_logits(cfg, folder, hf, tokens, spans.dense_mask())
+    theirs, name, version = their_logits(cfg, folder, hf, tokens, spans.dense_mask())
 
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     limit = LIMITS[cfg.dtype]
-    print(f"{folder}: {name} in {cfg.dtype}, {recipe.objective}; largest difference of two logits "
-          f"{error:.1e} of the largest logit (limit {limit:.0e}), the same first choice at "
-          f"{same:.1%} of the tokens")
+    print(f"{folder}: {name} in {cfg.dtype}, {recipe.objective}, {version}; largest difference of "
+          f"two logits {error:.1e} of the largest logit (limit {limit:.0e}), the same first choice "
+          f"at {same:.1%} of the tokens")
     if error <= limit:
         return True
     if other_version(hf):
@@ -508,7 +512,8 @@ def their_logits(cfg, folder, hf, tokens, sees):
     """The folder's logits for tokens (B, T) as transformers computes them.
 
     sees: (B, T, T) bool, who attends to whom.
-    Returns ((B, T, vocab) float32, what computed them, in words). Raises Mistake if it fails.
+    Returns ((B, T, vocab) float32, the class' name, the version in words). Raises Mistake if it
+    fails.
     """
     try:
         import transformers
@@ -517,9 +522,9 @@ def their_logits(cfg, folder, hf, tokens, sees):
                       "`pip install transformers`") from error
     try:
         theirs = load_theirs(cfg, folder, hf)
-        name = f"{type(theirs).__name__} of transformers {transformers.__version__}"
+        version = f"transformers {transformers.__version__}"
         if untie(theirs, folder, hf):
-            name += ", which tied its head to its embedding and was given the file's"
+            version += ", which tied its head to its embedding and was given the file's"
         output = theirs(tokens, use_cache=False, **their_mask(hf, sees, theirs.dtype))
         logits = (output[0] if isinstance(output, tuple) else output.logits).float()
         if logits.shape[:2] != tokens.shape:
@@ -528,7 +533,7 @@ def their_logits(cfg, folder, hf, tokens, sees):
         if out_of_memory(type(error), error):
             raise
         raise Mistake(failure(folder, hf, error)) from error
-    return logits, name
+    return logits, type(theirs).__name__, version
 
 
 def load_theirs(cfg, folder, hf):
@@ -551,7 +556,7 @@ def untie(theirs, folder, hf):
     """Give a model the head of the folder's file if it tied its head to its embedding instead.
 
     Returns whether it had to. CoDA's config.json does not say `tie_word_embeddings`, the default of
-    its code is to tie, and from 4.5x on transformers does so although the file has a head.
+    its code is to tie, and transformers 4.54 and later do so although the file has a head.
     """
     weights = dict(theirs.named_parameters(remove_duplicate=False))
     head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")

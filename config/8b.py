@@ -8,8 +8,8 @@ paper's packed samples see each other (--cross_document=true); here they need no
 
 Ours, since the paper does not say: batch, learning rate, optimizer, and S, the length of the
 warmup. The paper starts from Seed-Coder's checkpoint before annealing, which is not published; this
-starts from the published base model. The mask is named as in Stable-DiffCoder's tokenizer (id 5 there).
-Where Seed-Coder's has no such token, it is added at the next free id.
+starts from the published base model. The mask is named as in Stable-DiffCoder's tokenizer (id 5
+there). Where Seed-Coder's has no such token, it is added at the next free id.
 
 Memory and time: `python train.py config/8b.py --dry_run=true --ranks=8`. One node of eight 80 GB
 GPUs holds it; 1.3T tokens take a cluster.

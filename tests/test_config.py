@@ -3,9 +3,9 @@ import ast
 import re
 
 import pytest
+from conftest import ROOT
 
 import train
-from conftest import ROOT
 
 CONFIGS = sorted(path.stem for path in ROOT.glob("config/*.py"))
 RANKS = {"diffucoder_7b": 80, "small": 1, "toy": 1, "toy_ar": 1}  # the others: a node of eight

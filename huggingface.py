@@ -63,8 +63,8 @@ MODEL_TYPES = {
     "CoDA": ("qwen3", "bidirectional", True, 1),
     "sdar": ("qwen3", "block", False, None),  # published with several block sizes
 }
-OBJECTIVE = Literal["ar", "bidirectional", "ar_diffusion", "block"]
-ASKED = {"objective": OBJECTIVE, "shift": bool, "block_size": Int(1, 2**16)}
+# what a folder says of its objective, or the user in its place
+ASKED = {f.name: f.type for f in fields(Recipe) if f.name in ("objective", "shift", "block_size")}
 
 
 # --- config.json ----------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def from_hf_config(hf):
                       "not read")
     kinds = {f.name: f.type for f in fields(ModelConfig)}
     heads = hf.get("num_attention_heads")
-    if "head_dim" not in hf and heads:
+    if "head_dim" not in hf and heads is not None:
         width = check_type("hidden_size", hf.get("hidden_size"), kinds["d_model"])
         hf["head_dim"] = width // check_type("num_attention_heads", heads, kinds["n_head"])
     hf.setdefault("num_key_value_heads", heads)
@@ -259,8 +259,10 @@ def find(path):
         return latest_of(path)
     if (path / "config.json").is_file():
         return path
-    raise Mistake(f"no checkpoint in {path}: it has neither `latest` nor config.json; "
-                  "`bash demo.sh` trains two, out/toy_ar and out/toy")
+    why = f"no checkpoint in {path}: it has neither `latest` nor config.json"
+    if list(path.glob("step_*")):
+        raise Mistake(f"{why}; {steps_in_words(path)}")
+    raise Mistake(f"{why}; `bash demo.sh` trains two, out/toy_ar and out/toy")
 
 
 def latest_of(run):
@@ -536,9 +538,9 @@ class Config:
     folder: Name = "out"  # a run, a checkpoint, or a name on the Hub: the word after the command
     to: str = ""  # export: the folder to write
     dtype: Literal["float32", "bfloat16"] = "float32"  # export: of the weights; verify: of both
-    objective: OBJECTIVE | None = None  # none: as the folder says
+    objective: ASKED["objective"] | None = None  # none: as the folder says
     shift: bool | None = None  # none: as the folder says
-    block_size: Int(1, 2**16) | None = None  # K; none: as the folder says
+    block_size: ASKED["block_size"] | None = None  # K; none: as the folder says
     mask_token: str = ""  # the mask's name, where the folder does not say
     tokens: Int(2, 2**20) = 64  # verify: length of the random texts
 
@@ -595,7 +597,7 @@ def verify(cfg, model, tok, recipe):
     """
     import transformers
 
-    from attention_kernel import Spans
+    from spans import Spans
     folder = find(cfg.folder)
     hf = read_json(folder / "config.json")
     auto = hf.get("auto_map", {})

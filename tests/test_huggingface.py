@@ -3,12 +3,14 @@ the same logits; a folder says what it is, or is asked by name for what it does 
 """
 import fnmatch
 import json
+import os
 import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +19,14 @@ import pytest
 import tokenizers
 import torch
 from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import huggingface
 import sample
-from attention_kernel import Spans
+from spans import Spans
 from configurator import Mistake
 from huggingface import load_tokenizer
 
@@ -685,6 +689,263 @@ def test_an_export_goes_only_where_nothing_is_yet(folders, tmp_path, command):
 def test_a_command_that_is_none_says_which_are(command, words):
     with pytest.raises(ValueError, match="is incomplete: `python huggingface.py verify FOLDER` and .* are the commands"):
         command(huggingface.main, *words)
+
+
+# --- importing, and files of strangers ----------------------------------------------------------
+
+def test_importing_it_loads_neither_torchs_distributed_checkpoints_nor_its_compiler():
+    program = ("import sys, huggingface; print([m for m in ('torch.distributed.checkpoint', "
+               "'torch.distributed.tensor', 'torch._dynamo', 'transformers', 'jinja2') "
+               "if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done
+
+
+@pytest.mark.parametrize("values, said", [
+    ({"vocab_size": 10**12}, "vocab_size"), ({"vocab_size": -5}, "vocab_size"),
+    ({"hidden_size": 32.5}, "hidden_size=32.5 does not fit"),
+    ({"hidden_size": 10**30}, "hidden_size"), ({"hidden_size": "32"}, "hidden_size='32'"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ({"num_hidden_layers": 900}, "model.layers.2.input_layernorm.weight is missing"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0"),
+    ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads=0"),
+    ({"num_attention_heads": [4], "head_dim": None}, r"num_attention_heads=\[4\]"),
+    ({"vocab_size": 2**24}, r"embed_tokens.weight has shape \[512, 32\], not \[16777216, 32\]"),
+    ({"intermediate_size": 2**20}, "has shape"),
+    ({"architectures": 5}, "architectures=5 .* is not a list"),
+    ({"architectures": [[1]], "model_type": ["llama"]}, "model_type="),
+    ({"rope_parameters": [1]}, r"rope_parameters=\[1\] .* is not an object"),
+    ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta=nan"),
+    ({"rope_parameters": {"rope_theta": "1"}}, "rope_theta='1'"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06"), ({"rms_norm_eps": True}, "rms_norm_eps=True"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'"),
+    ({"shift": "no"}, "shift='no' does not fit"), ({"shift": 1}, "shift=1 does not fit"),
+    ({"objective": "block", "block_size": "4"}, "block_size='4' does not fit"),
+    ({"objective": ["ar"]}, r"objective=\['ar'\] does not fit"),
+    ({"block_size": 0}, "block_size=0"),
+    ({"quantization_config": {"bits": 4}}, "quantized weights are not read"),
+])
+def test_values_of_config_json_that_cannot_be_are_refused_before_memory_is_taken(
+        copy_of, monkeypatch, values, said):
+    folder = copy_of("llama")
+    change(folder / "config.json", **values)
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *a, **k: pytest.fail("took memory"))
+    with pytest.raises(Mistake, match=said) as error:
+        huggingface.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], 5, "x", {"a": 5}, {"a": None}, {"a": ["b"]},
+                                        {"a": "../stolen.safetensors"}, {"a": "/etc/passwd"},
+                                        {"a": "."}, {"a": ""}, {"a": "b\\c"}, {"a": ".."}])
+def test_a_weight_map_gives_each_tensor_a_file_beside_it(copy_of, weight_map):
+    folder = copy_of("SDAR")
+    change(folder / "model.safetensors.index.json", weight_map=weight_map)
+    with pytest.raises(Mistake, match="index.json is damaged: weight_map must give each tensor"):
+        huggingface.load(folder, block_size=4)
+
+
+def test_weights_outside_of_the_folder_are_not_read(copy_of, tmp_path):
+    folder = copy_of("SDAR")
+    file = shard(folder, 0).name
+    shutil.move(folder / file, tmp_path / file)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for name, of in index["weight_map"].items():
+        index["weight_map"][name] = f"../{of}" if of == file else of
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Mistake, match="a file beside it"):
+        huggingface.load(folder, block_size=4)
+
+
+def test_quantized_weights_are_refused_though_their_shapes_fit(copy_of):
+    folder = copy_of("llama")
+    altered(folder / "model.safetensors", lambda t: t.update(
+        {"model.norm.weight": t["model.norm.weight"].to(torch.int8)}))
+    with pytest.raises(Mistake, match="has quantized weights, .* model.norm.weight is I8"):
+        huggingface.load(folder)
+
+
+@pytest.fixture
+def run_folder(folders, tmp_path):
+    """A run of two checkpoints."""
+    run = tmp_path / "run"
+    for step in (1, 2):
+        shutil.copytree(folders["llama"], run / f"step_000000{step}")
+    (run / "latest").write_text("step_0000002")
+    return run
+
+
+def spoil_latest(run, content):
+    (run / "latest").unlink()
+    if content == "link":
+        (run / "latest").symlink_to(run / "nowhere")
+    elif content == "folder":
+        (run / "latest").mkdir()
+    elif content is not None:
+        (run / "latest").write_bytes(content)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"\n", b"step_0000003", b"\xff\xfe", b"link", b"..", b"../run/step_0000002", b".",
+    b"/etc", b"a\0b", b"step_0000002/../step_0000001"])
+def test_a_latest_that_names_no_checkpoint_says_which_are_there(run_folder, content):
+    spoil_latest(run_folder, "link" if content == b"link" else content)
+    with pytest.raises(Mistake, match="latest.*step_0000001, .*step_0000002$") as error:
+        huggingface.find(run_folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_that_lost_its_latest_says_which_checkpoints_are_there(run_folder):
+    spoil_latest(run_folder, None)
+    with pytest.raises(Mistake, match="no checkpoint in .*step_0000001, .*step_0000002"):
+        huggingface.find(run_folder)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_looked_up_again(run_folder, monkeypatch):
+    """As a run with keep=1 does: it saves the next one, names it, and removes the one before."""
+    (run_folder / "latest").write_text("step_0000001")
+    check_weights = huggingface.check_weights
+
+    def remove_first(folder, cfg):
+        if folder.name == "step_0000001":
+            (run_folder / "latest").write_text("step_0000002")
+            shutil.rmtree(folder)
+        return check_weights(folder, cfg)
+
+    monkeypatch.setattr(huggingface, "check_weights", remove_first)
+    _, tok, _ = huggingface.load(run_folder)
+    assert tok.folder == run_folder / "step_0000002"
+    with pytest.raises(Mistake, match="config.json is missing|no checkpoint in"):
+        huggingface.load(run_folder / "step_0000001")  # named itself, it is not replaced
+
+
+def test_a_checkpoint_that_is_removed_between_latest_and_its_folder_is_looked_up_again(
+        run_folder, monkeypatch):
+    answers = iter(["step_0000007", "step_0000002"])
+    monkeypatch.setattr(huggingface, "read_text", lambda path: next(answers))
+    assert huggingface.find(run_folder).name == "step_0000002"
+
+
+# --- export: nothing of anybody's is removed, and nothing is left behind ------------------------
+
+def test_an_export_leaves_other_peoples_folders_alone(folders, tmp_path, command):
+    stranger = tmp_path / "out.tmp"
+    stranger.mkdir()
+    (stranger / "thesis.txt").write_text("years of work")
+    assert command(huggingface.main, "export", folders["llama"], f"--to={tmp_path / 'out'}") == 0
+    assert (stranger / "thesis.txt").read_text() == "years of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.tmp"]
+
+
+def test_a_full_disk_ends_an_export_with_one_line_and_leaves_nothing(folders, tmp_path):
+    """A limit on the size of files stands for the disk."""
+    program = ("import resource, sys, huggingface; "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+               "from configurator import begin; begin(); huggingface.main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", program, "export", folders["llama"],
+                           f"--to={tmp_path / 'out'}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"error: could not write {tmp_path / 'out'}: ")
+    assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_exported_files_have_the_permissions_that_the_umask_says(folders, tmp_path, command, mask):
+    before = os.umask(mask)
+    try:
+        command(huggingface.main, "export", folders["llama"], f"--to={tmp_path / 'out'}")
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+# --- whatever stands in its files, a folder is read or refused with a one-line message ----------
+
+JUNK = st.sampled_from([None, True, False, 0, 1, -1, 3, 2**31 - 1, 2**32, 2**64, 10**12, -10**30,
+                        1e308, 0.5, -1e-6, float("nan"), float("inf"), "", "no", "4", "<eos>",
+                        "\ud800", "../x", "a\0b", [], [1], [[1]], ["x"], {}, {"a": 1}, [{}],
+                        {"content": 5}, {"content": "<|x|>"}, {"type": "yarn"}, [["a", "b"]]])
+JUNK |= st.recursive(JUNK, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.sampled_from(["a", "type", "content", "id", "rope_theta", "default"]), inner, max_size=3))
+JUNK = JUNK.map(deepcopy)  # what is drawn may be changed
+FILES = ["config.json", "tokenizer_config.json", "model.safetensors.index.json", "tokenizer.json",
+         "special_tokens_map.json", "latest"]
+NEW_KEYS = ["mask_token", "mask_token_id", "bos_token", "chat_template", "add_bos_token", "shift",
+            "block_size", "objective", "rope_scaling", "quantization_config", "auto_map", "model",
+            "added_tokens_decoder", "tokenizer_class", "normalizer", "post_processor", "decoder"]
+
+
+def places(value, path=()):
+    """The path of every value in a JSON value; of long lists and dicts, of the first ones."""
+    yield path
+    if isinstance(value, (dict, list)):
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in list(inside)[:25]:
+            yield from places(part, (*path, key))
+
+
+def put(value, path, junk, drop):
+    """Replace or drop what stands at a path."""
+    for key in path[:-1]:
+        value = value[key]
+    if drop:
+        del value[path[-1]]
+    else:
+        value[path[-1]] = junk
+
+
+def changed_text(draw, text):
+    """A file's bytes: cut, with bytes that are not UTF-8, or with values replaced or dropped."""
+    kind = draw(st.sampled_from(["values"] * 6 + ["cut", "bytes", "all"]))
+    if kind == "cut":
+        return text.encode()[:draw(st.integers(0, len(text)))]
+    if kind == "bytes":
+        place = draw(st.integers(0, len(text)))
+        return text.encode()[:place] + draw(st.binary(min_size=1, max_size=4)) + text.encode()[place:]
+    try:
+        value = json.loads(text)
+    except ValueError:  # `latest`
+        return str(draw(JUNK)).encode(errors="surrogatepass")
+    if kind == "all":
+        return json.dumps(draw(JUNK)).encode()
+    for _ in range(draw(st.integers(1, 3))):
+        if draw(st.booleans()):
+            value[draw(st.sampled_from(NEW_KEYS))] = draw(JUNK)
+        path = draw(st.sampled_from([p for p in places(value) if p]))
+        put(value, path, draw(JUNK), draw(st.booleans()))
+        if not value:
+            break
+    return json.dumps(value).encode()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run whose checkpoint has every kind of file that is read; it is small, for speed."""
+    run = tmp_path_factory.mktemp("fuzz") / "run"
+    folder = run / "step_0000001"
+    write(folder, "llama", shards="20KB", names={"chat_template": CHATML})
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": QWEN[0]}}))
+    (run / "latest").write_text("step_0000001")
+    return run
+
+
+@settings(max_examples=400, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data())
+def test_a_folder_with_anything_in_its_files_is_read_or_refused(small_run, data):
+    name = data.draw(st.sampled_from(FILES))
+    path = small_run / name if name == "latest" else small_run / "step_0000001" / name
+    before = path.read_text()
+    path.write_bytes(changed_text(data.draw, before))
+    try:
+        model, tok, recipe = huggingface.load(small_run)
+        tok.decode(tok.encode("def f(x):\n    return x"))
+    except (Mistake, OSError) as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_text(before)
 
 
 # --- sampling and training from a folder ------------------------------------------------------------------------------

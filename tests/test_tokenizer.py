@@ -5,6 +5,8 @@ import json
 import os
 import random
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+import tokenizer
 from configurator import Mistake
 from huggingface import load_tokenizer
-from tokenizer import SPECIALS, byte_of_char, train_tokenizer
+from tokenizer import KEYS, SPECIALS, byte_of_char, train_tokenizer
 
 STDLIB = Path(os.__file__).parent
 TRAINED_ON = ["os.py", "ast.py", "json/decoder.py", "textwrap.py", "gettext.py", "smtplib.py"]
@@ -698,6 +701,139 @@ def test_a_chat_that_cannot_be_is_one_sentence(folders, tmp_path, template, mess
     with pytest.raises(Mistake, match=said) as caught:
         tok.chat(messages)
     assert "\n" not in str(caught.value) and not set(tok.encode("<|im_end|>")) & set(tok.special_ids.values())
+
+
+# --- what only a hostile or damaged text does --------------------------------------------------
+
+@pytest.mark.parametrize("spaces", [" " * 1_000_100, " \t\x0b" * 333_400])
+def test_a_million_spaces_are_encoded_as_tokenizers_does(tok, spaces):
+    text = f"x = 1\r\n{spaces}y\n"
+    ids, = tok.encode_batch([text])
+    assert ids == by_hugging_face(tok, text)
+    assert tok.decode(ids) == text
+
+
+def test_the_guard_for_long_blanks_looks_at_blanks_alone(tok, monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_SPACES", 10)
+    for text in ("a" * 99, " \n" * 5, "x" + " " * 10 + "y" * 10 + "\t" * 10, "  x" * 9):
+        assert not tokenizer.has_long_blank(text)
+        check_same_ids_and_nothing_lost(tok, text)
+    for text in (" " * 11, "x" + " \n\t\r\x0b\x0c" * 2 + "y"):
+        assert tokenizer.has_long_blank(text)
+        check_same_ids_and_nothing_lost(tok, text)
+        assert tok.encode_batch(["a  b", text]) == [tok.encode("a  b"), tok.encode(text)]
+
+
+@pytest.mark.parametrize("text", ["\ud800", "x = '\udcff'\n", "\ude00\ud83d"])
+def test_a_lone_surrogate_is_refused_with_a_one_line_message(tok, folders, text):
+    place = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+    for of in (tok, load_tokenizer(folders["qwen"])):
+        for encode in (of.encode, lambda t, of=of: of.encode_batch(["x", t])):
+            with pytest.raises(Mistake, match=f"not Unicode: character {place} is .* surrogate$"):
+                encode(text)
+    with pytest.raises(Mistake, match="refuses these messages: the text is not Unicode"):
+        load_tokenizer(folders["qwen"]).chat([{"role": "user", "content": text}])
+
+
+@pytest.mark.parametrize("family, name, said", [
+    ("ours", "<eos>", "is the eos_token of"), ("ours", "<pad>", "is the pad_token of"),
+    ("ours", "<bos>", "is the bos_token of"), ("ours", "def", "is an ordinary token of"),
+    ("qwen", "<|im_end|>", "is the eos_token of"), ("qwen", "<|endoftext|>", "is the pad_token of"),
+    ("qwen", "!", "is an ordinary token of"), ("seed", "Ġ", "is an ordinary token of")])
+def test_a_mask_that_texts_or_documents_hold_is_refused(folders, tok, family, name, said):
+    folder = tok.folder if family == "ours" else folders[family]
+    with pytest.raises(Mistake, match=f"{said} .*a new name, such as '<|mask|>', is added") as caught:
+        load_tokenizer(folder, mask_token=name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_may_not_be_the_new_bos_either(folders):
+    with pytest.raises(Mistake, match="is the bos_token of"):
+        load_tokenizer(folders["qwen"], bos_token="<|x|>", mask_token="<|x|>")
+
+
+@pytest.mark.parametrize("value", [5, ["<eos>"], True, {"name": "<eos>"}, 1.5])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_special_token_that_is_not_a_name_is_refused(folders, tmp_path, key, value):
+    copy = copy_of(folders["qwen"], tmp_path, **{key: value})
+    with pytest.raises(Mistake, match=f"{key}=.* is not a token's name"):
+        load_tokenizer(copy)
+
+
+@pytest.mark.parametrize("where", ["vocabulary", "added tokens"])
+def test_an_id_of_two_billion_is_refused_before_a_table_is_made(spec, tmp_path, where):
+    other = json.loads(json.dumps(spec))
+    if where == "vocabulary":
+        other["model"]["vocab"]["zqzq"] = 2**31 - 1
+    else:
+        other["model"]["vocab"]["<far>"] = 2**31 - 1
+        other["added_tokens"].append(other["added_tokens"][0] | {"id": 2**31 - 1, "content": "<far>"})
+    with pytest.raises(Mistake, match="has a token with id 2147483647: ids are below"):
+        written(other, tmp_path)
+
+
+def test_a_tokenizer_json_without_a_model_type_is_read_as_tokenizers_reads_it(spec, tmp_path):
+    other = json.loads(json.dumps(spec))
+    del other["model"]["type"]
+    check_same_ids_and_nothing_lost(written(other, tmp_path), "def f(x):\n    return x\n")
+
+
+HOSTILE = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}"
+                    "{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "an endless sum": "{{ 10 ** (10 ** 10) }}",
+    "a text without end": "{% set n = namespace(s='x') %}{% for i in range(99) %}"
+                          "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "a long line": "{{ 'x'.center(10 ** 11) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_a_chat_template_that_would_never_end_is_stopped(folders, tmp_path, monkeypatch, name, thread):
+    """At most five seconds here; the template after it is not affected."""
+    monkeypatch.setattr(tokenizer, "TEMPLATE_SECONDS", 5)
+    tok = load_tokenizer(copy_of(folders["qwen"], tmp_path, chat_template=HOSTILE[name]))
+    errors, began = [], time.monotonic()
+
+    def chat():
+        with pytest.raises(Mistake, match="refuses these messages: it .*(stopped|memory)") as caught:
+            tok.chat(CHATS[0])
+        errors.append(str(caught.value))
+
+    if thread == "main":
+        chat()
+    else:
+        other = threading.Thread(target=chat)
+        other.start()
+        other.join()
+    assert len(errors) == 1 and "\n" not in errors[0] and time.monotonic() - began < 15
+    good = load_tokenizer(folders["qwen"])
+    assert good.decode(good.chat(CHATS[0])).endswith("assistant\n")
+
+
+def test_a_chat_is_rendered_by_a_process_that_is_kept(folders):
+    tok = load_tokenizer(folders["qwen"])
+    first = tok.chat(CHATS[0])
+    process = tokenizer.workers[os.getpid()]
+    began = time.monotonic()
+    assert all(tok.chat(CHATS[0]) == first for _ in range(50))
+    assert tokenizer.workers[os.getpid()] is process and time.monotonic() - began < 5
+
+
+def test_a_renderer_that_was_killed_is_started_again(folders):
+    tok = load_tokenizer(folders["qwen"])
+    first = tok.chat(CHATS[0])
+    tokenizer.workers[os.getpid()].kill()
+    tokenizer.workers[os.getpid()].wait()
+    assert tok.chat(CHATS[0]) == first
+
+
+@pytest.mark.parametrize("template", [5, {"a": 1}, [5, "x", None], True])
+def test_a_chat_template_that_is_no_text_is_refused(folders, tmp_path, template):
+    tok = load_tokenizer(copy_of(folders["qwen"], tmp_path, chat_template=template))
+    with pytest.raises(Mistake, match="is not a text$|has no chat template$"):
+        tok.chat(CHATS[0])
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ def test_all_arms_of_train_cpu_have_the_same_loss(attention, monkeypatch):
 # --- toy_report -----------------------------------------------------------------------------------
 
 STEP = {"step": 0, "loss": 5.0, "tokens": 4096, "tokens_per_s": 100.0, "seconds": 1.0, "mfu": None}
-EVALUATION = {"step": 1, "val_nelbo": 5.0, "val_bits_per_byte": 3.0, "val_tokens": 9, "seconds": 1.0}
+EVALUATION = {"step": 1, "val_nelbo": 5.0, "val_bits_per_byte": 3.0, "val_tokens": 9,
+              "seconds": 1.0}
 SETTINGS = {"objective": "ar", "context": 8, "batch_tokens": 16, "seed": 1, "eval_windows": 2}
 
 

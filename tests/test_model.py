@@ -12,6 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import families
 import huggingface
 import model as model_file
 from configurator import Mistake
@@ -126,7 +127,7 @@ def test_transformers_reads_our_folder_and_gives_the_same_logits(tmp_path, tok, 
 @pytest.mark.parametrize("family, variant", CASES)
 def test_we_read_transformers_folder_and_give_the_same_logits(tmp_path, tok_file, family, variant):
     sizes = SIZES | VARIANTS[variant]
-    hf = {theirs: sizes[mine] for mine, theirs in huggingface.HF_NAMES.items()}
+    hf = {theirs: sizes[mine] for mine, theirs in families.HF_NAMES.items()}
     rope = {"rope_type": "default", "rope_theta": hf.pop("rope_theta")}
     config = transformers.AutoConfig.for_model(family, **hf, rope_parameters=rope, bos_token_id=0,
                                                eos_token_id=1)

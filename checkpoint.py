@@ -556,7 +556,7 @@ def untie(theirs, folder, hf):
     """Give a model the head of the folder's file if it tied its head to its embedding instead.
 
     Returns whether it had to. CoDA's config.json does not say `tie_word_embeddings`, the default of
-    its code is to tie, and transformers 4.54 and later do so although the file has a head.
+    its code is to tie, and transformers 4.54 to 4.57 do so although the file has a head.
     """
     weights = dict(theirs.named_parameters(remove_duplicate=False))
     head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
@@ -578,7 +578,8 @@ def their_mask(hf, sees, dtype):
         return {}
     if hf.get("model_type") == "sdar":  # takes a mask of true and false
         return {"attention_mask": sees[:, None]}  # (B, 1, T, T)
-    mask = torch.zeros(sees.shape, dtype=dtype)  # transformers' own classes add theirs to the scores
+    # transformers' own classes add the mask to the scores
+    mask = torch.zeros(sees.shape, dtype=dtype)
     mask.masked_fill_(~sees, torch.finfo(dtype).min)
     return {"attention_mask": mask[:, None]}  # (B, 1, T, T)
 

@@ -26,6 +26,7 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
 # What config.json says under these names, as our own folders do, and what the user says come first.
 MODEL_TYPES = {
     "StableDiffcoderForCausalLM": ("llama", "block", False, 4),  # its model_type is llama
+    "SeedDiffcoderForCausalLM": ("llama", "block", False, 4),  # what its first edition calls itself
     "llama": ("llama", "ar", True, 1),  # Seed-Coder
     "qwen2": ("qwen2", "ar", True, 1),  # Qwen2.5-Coder
     "qwen3": ("qwen3", "ar", True, 1),
@@ -57,11 +58,17 @@ def to_hf_config(cfg, tok, recipe, dtype):
 
 
 def family_of(hf):
-    """The row of MODEL_TYPES of a config.json (a dict). Raises Mistake for an unknown family."""
-    architectures = hf.get("architectures") or []
+    """The row of MODEL_TYPES of a config.json (a dict). Raises Mistake for an unknown family.
+
+    The class that the folder brings itself decides, then `architectures`, then `model_type`.
+    """
+    architectures, auto_map = hf.get("architectures") or [], hf.get("auto_map") or {}
     if not isinstance(architectures, list):
         raise Mistake(f"architectures={shortened(architectures)} in config.json is not a list")
-    for name in (*architectures, hf.get("model_type")):
+    if not isinstance(auto_map, dict):
+        raise Mistake(f"auto_map={shortened(auto_map)} in config.json is not an object")
+    own_classes = [str(reference).rpartition(".")[2] for reference in auto_map.values()]
+    for name in (*own_classes, *architectures, hf.get("model_type")):
         if isinstance(name, str) and name in MODEL_TYPES:
             return MODEL_TYPES[name]
     raise Mistake(f"model_type={shortened(hf.get('model_type'))} in config.json is not one of "

@@ -903,6 +903,9 @@ def how(recipe):
     return recipe.objective, recipe.shift, recipe.block_size
 
 
+DIFFCODER = "modeling_seed_diffcoder.SeedDiffcoderForCausalLM"  # its architectures are LLAMA's
+
+
 @pytest.mark.parametrize(
     "hf, asked, expected",
     [
@@ -916,6 +919,7 @@ def how(recipe):
             {},
             ("block", False, 4),
         ),
+        (LLAMA | {"auto_map": {"AutoModelForCausalLM": DIFFCODER}}, {}, ("block", False, 4)),
         ({"model_type": "sdar"}, {"block_size": 16}, ("block", False, 16)),
         (
             {"model_type": "sdar", "block_size": 8},

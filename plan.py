@@ -53,24 +53,37 @@ def positions(cfg):
     return cfg.batch_tokens
 
 
-def step_flops(model_cfg, positions, scored, pairs):
+def last_queries(cfg):
+    """Positions per step that ask in the last block: under `block` only the noisy half is read."""
+    if cfg.objective == "block" and not cfg.shift:
+        return cfg.batch_tokens
+    return positions(cfg)
+
+
+def step_flops(model_cfg, positions, scored, pairs, queries):
     """FLOPs of a step, forward and backward, as MFU counts them: recomputation is not counted.
 
     A product of (m, k) and (k, n) takes 2mkn, and twice that in the backward pass. So a step takes
 
-        6 · positions · weights of the blocks' matrices      every position passes every block
+        6 · positions · weights of the blocks' matrices      in all blocks but the last
+        6 · (positions · Wk, Wv + queries · Wq + scored · (Wo + MLP))      in the last block
         6 · scored · d_model · vocab_size                    only scored tokens meet the head
-        12 · pairs · n_layer · n_head · head_dim             QKᵀ and PV, for pairs inside the mask
+        12 · pairs · n_head · head_dim                       QKᵀ and PV, in all blocks but the last
+        12 · pairs · queries / positions · n_head · head_dim               in the last block
 
     positions, scored, pairs: of the global batch. pairs: per head and layer, see Spans.pairs.
+    queries: last_queries(cfg). A noisy query has as many pairs as its clean twin.
     """
     c = model_cfg
-    attention_weights = c.d_model * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
-    mlp_weights = 3 * c.d_model * c.d_ff
-    blocks = 6 * positions * c.n_layer * (attention_weights + mlp_weights)
-    head = 6 * scored * c.d_model * c.vocab_size
-    attention = 12 * pairs * c.n_layer * c.n_head * c.head_dim
-    return blocks + head + attention
+    width = c.n_head * c.head_dim
+    wq = wo = c.d_model * width
+    wk = wv = c.d_model * c.n_kv_head * c.head_dim
+    mlp = 3 * c.d_model * c.d_ff
+    blocks = (c.n_layer - 1) * positions * (wq + wk + wv + wo + mlp)
+    last = positions * (wk + wv) + queries * wq + scored * (wo + mlp)
+    head = scored * c.d_model * c.vocab_size
+    all_pairs = (c.n_layer - 1) * pairs + pairs * queries // positions
+    return 6 * (blocks + last + head) + 12 * all_pairs * width
 
 
 def peak_flops(device):
@@ -154,27 +167,32 @@ def optimizer_bytes(shapes, sharers, optimizer):
     return 4 * rows_and_columns + 4 * len(shapes)
 
 
-def block_activations(model_cfg, e, recompute, n):
+def block_activations(model_cfg, e, recompute, n, queries, read, copied=0):
     """A block's activations in bytes: (kept from forward to backward, computed again there).
 
-    e: bytes per number. n: positions. Norms save their input and 1/rms in float32, attention its
-    log-sum-exp. `selective` keeps the outputs of matrix products and attention, read or not.
+    e: bytes per number. n: positions. queries: those with a query; read: those that go through o
+    and the MLP; the last block has fewer of both. copied: bytes of what it copies to select them.
+    Norms save their input and 1/rms in float32, attention its log-sum-exp. `selective` keeps the
+    outputs of matrix products and attention, read or not.
     """
     c = model_cfg
     d, f = c.d_model, c.d_ff
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    everything = n * (2 * e * d + 4)  # input; normalised, for q, k, v
-    everything += n * (e * (2 * q + 2 * kv) + 4 * c.n_head)  # q, k, v, output, log-sum-exp
+    entered = n * e * d
+    normalised = n * (e * d + 4)
+    rotated = e * (queries * q + n * kv)
+    attended = queries * (e * q + 4 * c.n_head)  # and the log-sum-exp
+    second_norm = read * (2 * e * d + 4)  # input plus attention; normalised, for gate and up
+    everything = entered + normalised + rotated + n * e * kv + attended + copied + second_norm
+    everything += read * e * 4 * f  # gate; silu(gate), up; their product, for down
     if c.qk_norm:  # q and k before their norms
-        everything += n * (e * (q + kv) + 4 * (c.n_head + c.n_kv_head))
-    everything += n * (2 * e * d + 4)  # input plus attention; normalised, for gate and up
-    everything += n * e * 4 * f  # gate; silu(gate), up; their product, for down
+        everything += rotated + 4 * (queries * c.n_head + n * c.n_kv_head)
     if recompute == "none":
         return everything, 0
     if recompute == "full":
-        return n * e * d, everything - n * e * d
-    kept = n * (e * (3 * d + 2 * q + 2 * kv + 2 * f) + 4 * c.n_head)
-    again = n * (e * (3 * d + q + kv + 2 * f) + 8)
+        return entered, everything - entered
+    kept = entered + rotated + n * e * kv + attended + read * e * (2 * d + 2 * f)
+    again = normalised + rotated + copied + second_norm + read * e * 2 * f
     return kept, again
 
 
@@ -184,20 +202,26 @@ def number_bytes(cfg):
 
 
 def activation_bytes(model_cfg, cfg, rows):
-    """Of a micro-batch of `rows`: (kept per block, computed again per block, kept outside them)."""
-    e = number_bytes(cfg)
-    tokens = rows * cfg.context
+    """Of a micro-batch of `rows`: (of a block, of the last block, kept outside the blocks).
+
+    Of a block: (kept, computed again).
+    """
+    e, d = number_bytes(cfg), model_cfg.d_model
+    tokens = rows * cfg.context  # all of them are scored
     n = tokens * positions(cfg) // cfg.batch_tokens
-    kept, again = block_activations(model_cfg, e, cfg.recompute, n)
-    spans = 16 * tokens  # stacked for the kernel, in each block
-    if cfg.recompute == "none":
-        kept += spans
-    else:
-        again += spans
+    queries = tokens * last_queries(cfg) // cfg.batch_tokens
+    copied = tokens * e * model_cfg.n_head * model_cfg.head_dim  # of attention's output
+    if queries < n and rows > 1:
+        copied += queries * e * d  # of the normalised input, for q
+    blocks = []
+    for shape in ((n, n, n), (n, queries, tokens, copied)):
+        kept, again = block_activations(model_cfg, e, cfg.recompute, *shape)
+        spans = 16 * tokens  # stacked for the kernel, in each block
+        blocks.append((kept + spans, 0) if cfg.recompute == "none" else (kept, again + spans))
     outside = n * (8 + 4 * model_cfg.head_dim)  # ids, angles
-    outside += n * (e * model_cfg.d_model + 4)  # the last norm's input
-    outside += tokens * (30 + 8 + e * model_cfg.d_model)  # the batch; what the loss reads, where
-    return kept, again, outside
+    outside += tokens * (2 * e * d + 4)  # the last norm's input and output
+    outside += tokens * (30 + 8)  # the batch; where the loss reads
+    return *blocks, outside
 
 
 # --- memory: the moments of a step ----------------------------------------------------------------
@@ -223,11 +247,13 @@ class Step:
         # micro-batches: rows, tokens, positions
         rows = cfg.batch_tokens // cfg.context // ranks
         micro = min(cfg.micro_batch, rows)
-        tokens = micro * cfg.context
+        self.tokens = tokens = micro * cfg.context
         self.n = tokens * positions(cfg) // cfg.batch_tokens
         self.several = rows > micro
         self.accumulates = self.several and not cfg.reduce_each
-        self.kept, self.again, self.outside = activation_bytes(model_cfg, cfg, micro)
+        one_block, last_block, self.outside = activation_bytes(model_cfg, cfg, micro)
+        self.kept, self.again = one_block
+        self.last_kept, self.last_again = last_block
         # the loss holds the logits of a chunk of tokens at a time
         chunk = max(1, model.LOGITS_AT_ONCE // model_cfg.vocab_size)
         self.chunks = -(-tokens // chunk)
@@ -239,7 +265,11 @@ class Step:
         if self.several and self.cfg.reduce_each:
             gradients = 4 * self.my_weights
         accumulated = 4 * (self.r + left * self.b) if self.accumulates else 0
-        outside = self.outside if left > 0 else 0
+        activations = blocks * self.kept
+        if blocks == self.L:
+            activations += self.last_kept - self.kept
+        if left > 0:
+            activations += self.outside
         return {
             "weights": 4 * self.my_weights,
             "optimizer": self.optimizer,
@@ -247,7 +277,7 @@ class Step:
             "accumulated gradients": accumulated,
             "gradients in transit": in_transit,
             "gathered weights": self.e * gathered,
-            "activations": blocks * self.kept + outside,
+            "activations": activations,
         } | more
 
     def gathered(self, i):
@@ -269,7 +299,8 @@ class Step:
         d, f = self.model_cfg.d_model, self.model_cfg.d_ff
         exchanged = 4 * self.b if i < self.L else 0
         in_transit = self.e * (self.head + d * f) + exchanged
-        work = self.again + self.n * self.e * (d + 2 * f)
+        again, in_mlp = (self.again, self.n) if i < self.L else (self.last_again, self.tokens)
+        work = again + in_mlp * self.e * (d + 2 * f)
         return self.at(i, in_transit, self.gathered(i), i, work=work)
 
     def end_of_block(self, i):
@@ -310,8 +341,8 @@ def memory(model_cfg, cfg, ranks):
     """The plan of the fullest of `ranks` processes: {moment of a step: {term: bytes}}."""
     step = Step(model_cfg, cfg, ranks)
 
-    def fullest(moment):  # from the second block on, memory changes in a straight line
-        blocks = {step.L, max(step.L - 1, 1), 1}
+    def fullest(moment):  # between the second and the one before the last, a straight line
+        blocks = {step.L, max(step.L - 1, 1), min(2, step.L), 1}
         return max(blocks, key=lambda i: sum(moment(i).values()))
 
     i, j = fullest(step.in_block), fullest(step.end_of_block)
@@ -477,8 +508,8 @@ def print_numbers(cfg, model_cfg, ranks):
           f"{ranks:,} processes")
 
     scored, pairs = mask_rate(cfg) * tokens, rows * row_pairs(cfg)
-    flops = step_flops(c, positions(cfg), scored, pairs)
-    attention = step_flops(c, 0, 0, pairs)
+    flops = step_flops(c, positions(cfg), scored, pairs, last_queries(cfg))
+    attention = flops - step_flops(c, positions(cfg), scored, 0, last_queries(cfg))
     print(f"scored        {scored / tokens:.1%} of the tokens, on average, after warmup")
     print(f"FLOPs         {flops:.3e} per step (6 · parameters · tokens: {6 * total * tokens:.3e})")
     print(f"              attention takes {attention / flops:.0%} if each row is one document, "

@@ -73,10 +73,8 @@ class WithoutSaving:
         self.model = model
         self.token_loss = model.token_loss
 
-    def __call__(self, tokens, spans, cache=None, read=None):
-        hidden = self.model(tokens, spans, cache)  # (B, S, d_model)
-        if read is None:
-            return hidden
+    def __call__(self, tokens, spans, queries, read):
+        hidden = self.model(tokens, spans)[:, :queries]  # (B, queries, d_model)
         return hidden.flatten(0, 1).index_select(0, read)  # (N, d_model)
 
 

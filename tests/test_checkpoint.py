@@ -1,4 +1,5 @@
 """Checkpoints: what is written comes back, only complete ones are ever seen, old ones go."""
+
 import errno
 import json
 import os
@@ -31,7 +32,10 @@ def save(run, step, model, tok, keep=2):
     checkpoint.save(run, step, model, optimizer, tok, RECIPE, {"machine": {}}, keep)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True, "rope_theta": 5e5}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True, "rope_theta": 5e5}],
+)
 def test_a_saved_model_comes_back_bit_for_bit(data_folder, tmp_path, kwargs):
     tok = load_tokenizer(data_folder)
     model = small_model(tok, **kwargs)
@@ -39,7 +43,9 @@ def test_a_saved_model_comes_back_bit_for_bit(data_folder, tmp_path, kwargs):
     again, tok2, recipe = huggingface.load(tmp_path / "run")
     assert again.cfg == model.cfg and tok2.json == tok.json
     assert (recipe.objective, recipe.shift, recipe.block_size) == ("block", False, 4)
-    for (name, p), (name2, q) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    for (name, p), (name2, q) in zip(
+        model.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert name == name2 and torch.equal(p, q)
 
 
@@ -47,7 +53,10 @@ def test_latest_is_found_old_ones_go_and_the_newest_run_wins(data_folder, tmp_pa
     tok = load_tokenizer(data_folder)
     for step in (1, 2, 3):
         save(tmp_path / "a", step, small_model(tok), tok, keep=2)
-    assert sorted(p.name for p in (tmp_path / "a").glob("step_*")) == ["step_0000002", "step_0000003"]
+    assert sorted(p.name for p in (tmp_path / "a").glob("step_*")) == [
+        "step_0000002",
+        "step_0000003",
+    ]
     assert huggingface.find(tmp_path / "a").name == "step_0000003"
     assert huggingface.find(tmp_path / "a" / "step_0000002").name == "step_0000002"
     save(tmp_path / "b", 1, small_model(tok), tok)
@@ -57,7 +66,9 @@ def test_latest_is_found_old_ones_go_and_the_newest_run_wins(data_folder, tmp_pa
 
 
 @pytest.mark.parametrize("broken", ["huggingface.save_file", "torch.save", "os.replace"])
-def test_a_save_that_fails_leaves_the_one_before_and_no_litter(data_folder, tmp_path, monkeypatch, broken):
+def test_a_save_that_fails_leaves_the_one_before_and_no_litter(
+    data_folder, tmp_path, monkeypatch, broken
+):
     tok = load_tokenizer(data_folder)
     save(tmp_path / "run", 1, small_model(tok), tok)
 
@@ -66,7 +77,9 @@ def test_a_save_that_fails_leaves_the_one_before_and_no_litter(data_folder, tmp_
 
     with monkeypatch.context() as m:
         m.setattr(broken, full)
-        with pytest.raises(OSError, match="could not save .*No space left.*last good checkpoint is .*step_0000001"):
+        with pytest.raises(
+            OSError, match="could not save .*No space left.*last good checkpoint is .*step_0000001"
+        ):
             save(tmp_path / "run", 2, small_model(tok), tok)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["latest", "step_0000001"]
     huggingface.load(tmp_path / "run")
@@ -79,7 +92,7 @@ def test_weights_cut_short_anywhere_are_refused_in_a_sentence(tmp_path_factory, 
     save(tmp / "run", 1, small_model(tok), tok)
     path = tmp / "run" / "step_0000001" / "model.safetensors"
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(len(whole) * share)])
+    path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(ValueError, match="is damaged"):
         huggingface.load(tmp / "run")
 
@@ -94,15 +107,22 @@ def test_weights_of_another_shape_are_refused(data_folder, tmp_path):
         with pytest.raises(ValueError, match="does not fit its config.json"):
             huggingface.load(folder)
     for rope in ({"type": "linear", "factor": 4.0}, {"rope_type": "yarn"}):
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_parameters"}
-                                                       | {"rope_scaling": rope}))
+        (folder / "config.json").write_text(
+            json.dumps(
+                {k: v for k, v in config.items() if k != "rope_parameters"} | {"rope_scaling": rope}
+            )
+        )
         with pytest.raises(ValueError, match="in config.json is not supported: only"):
             huggingface.load(folder)
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "intermediate_size"}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "intermediate_size"})
+    )
     with pytest.raises(ValueError, match="does not say intermediate_size"):
         huggingface.load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="'gpt2' in config.json is not one of .*llama, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match="'gpt2' in config.json is not one of .*llama, qwen2, qwen3"
+    ):
         huggingface.load(folder)
 
 
@@ -116,6 +136,7 @@ def test_metrics_are_cut_back_to_the_step_and_a_half_written_line_goes(tmp_path)
 
 
 # --- pruning removes what `save` made, and nothing else ---------------------------------------------
+
 
 @pytest.fixture
 def tok(data_folder):
@@ -137,7 +158,9 @@ def test_pruning_leaves_folders_of_other_names_alone(tok, tmp_path):
     shutil.copytree(run / "step_0000020", elsewhere)
     (run / "step_0000002").symlink_to(elsewhere)
     save(run, 30, small_model(tok), tok, keep=1)
-    assert names_in(run) == sorted([*others, "latest", "step_0000001", "step_0000002", "step_0000030"])
+    assert names_in(run) == sorted(
+        [*others, "latest", "step_0000001", "step_0000002", "step_0000030"]
+    )
     assert (elsewhere / "config.json").is_file()
     assert huggingface.find(run).name == "step_0000030"
 
@@ -165,11 +188,14 @@ def test_a_step_that_is_a_link_is_replaced_and_what_it_points_to_stays(tok, tmp_
     os.replace(run / "step_0000001", tmp_path / "moved")
     (run / "step_0000001").symlink_to(tmp_path / "moved")
     save(run, 1, small_model(tok), tok)
-    assert not (run / "step_0000001").is_symlink() and (tmp_path / "moved" / "config.json").is_file()
+    assert (
+        not (run / "step_0000001").is_symlink() and (tmp_path / "moved" / "config.json").is_file()
+    )
 
 
 def test_files_are_on_the_disk_before_the_folder_and_latest_get_their_names(
-        tok, tmp_path, monkeypatch):
+    tok, tmp_path, monkeypatch
+):
     """What a power cut would leave: nothing is renamed before it was synced."""
     synced, renamed = set(), []
     fsync, replace = os.fsync, os.replace
@@ -195,6 +221,7 @@ def test_files_are_on_the_disk_before_the_folder_and_latest_get_their_names(
 
 
 # --- what strangers wrote into state/ runs no code --------------------------------------------------
+
 
 class Evil:
     """Unpickling it makes a file."""
@@ -280,7 +307,7 @@ def test_a_damaged_state_is_one_line(tmp_path_factory, data_folder, junk, share)
     path = state_of(tmp / "run") / ".metadata"
     content = path.read_bytes()
     place = int(len(content) * share)
-    for damaged in (content[:place], content[:place] + junk + content[place + len(junk):]):
+    for damaged in (content[:place], content[:place] + junk + content[place + len(junk) :]):
         path.write_bytes(damaged)
         try:
             checkpoint.load_state(tmp / "run", model, optimizer)
@@ -288,7 +315,9 @@ def test_a_damaged_state_is_one_line(tmp_path_factory, data_folder, junk, share)
             assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"step": "1"}', '{"step": -1}', "[]", "{", '{"step": true}'])
+@pytest.mark.parametrize(
+    "text", ["{}", '{"step": "1"}', '{"step": -1}', "[]", "{", '{"step": true}']
+)
 def test_a_train_json_that_does_not_say_the_step_is_refused(saved, text):
     run, model, optimizer = saved
     (run / "step_0000001" / "state" / "train.json").write_text(text)

@@ -215,11 +215,11 @@ def load(folder, device="cpu", dtype=torch.float32, mask_token="", **asked):
     foreign folder. A run may be training: if it removes the checkpoint, the next one is read.
     """
     for _ in range(5):
-        found = find(folder)
+        place = find(folder)
         try:
-            return load_folder(found, device, dtype, mask_token, asked)
+            return load_folder(place, device, dtype, mask_token, asked)
         except (Mistake, OSError):
-            if found.is_dir() or found == Path(folder):
+            if place.is_dir() or place == Path(folder):
                 raise
     raise Mistake(f"the checkpoints of {folder} are removed faster than they can be read: copy "
                   "one and name the copy")

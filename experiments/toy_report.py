@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import huggingface
 import sample
-from configurator import Int, Mistake, Name, configure, shortened
+from configurator import Float, Int, Mistake, Name, configure, shortened
 from files import read_json, read_text, write_text
 from loader import Windows
 
@@ -38,6 +38,7 @@ class Config:
     ar: Name = "out/toy_ar"  # run of the autoregressive stage
     block: Name = "out/toy"  # run of the block-diffusion stage
     max_new_tokens: Int(1, 2**20) = 48  # length of the three completions
+    temperature: Float(0, 100) = 0.7  # of the three completions; 0: the most likely token
 
 
 PROMPTS = ("def fibonacci(n):\n",
@@ -189,9 +190,10 @@ def table_row(name, run):
             f"{seconds:.0f} |")
 
 
-def completion(prompt, model, tok, recipe, max_new_tokens):
-    """Markdown: a prompt and what the model writes after it, the most likely token each time."""
-    cfg = sample.Config(prompt=prompt, max_new_tokens=max_new_tokens)
+def completion(prompt, model, tok, recipe, report):
+    """Markdown: a prompt and what the model writes after it. report: this script's settings."""
+    cfg = sample.Config(prompt=prompt, max_new_tokens=report.max_new_tokens,
+                        temperature=report.temperature)
     (ids,), _ = sample.generate(model, tok, recipe, sample.prompt_ids(cfg, tok, model), cfg)
     return f"\n```python\n{prompt}{tok.decode(ids)}\n```"
 
@@ -215,10 +217,10 @@ def main(argv=None):
              table_row(diffusion, cfg.block),
              f"| {ORDER}-gram, Kneser-Ney | {ngram:.3f} | | |",
              f"| xz -9, all held-out files as one stream | {xz_bits_per_byte(val, tok):.3f} | | |",
-             f"\nThe autoregressive stage and the {ORDER}-gram saw the same training windows, the "
-             "block stage then the first of them again; all three are scored on the same "
+             f"\nThe autoregressive stage and the {ORDER}-gram saw the same training windows. The "
+             "block stage then saw the first of them again. All three are scored on the same "
              f"{scored:,} held-out tokens."]
-    lines += [completion(prompt, model, tok, recipe, cfg.max_new_tokens) for prompt in PROMPTS]
+    lines += [completion(prompt, model, tok, recipe, cfg) for prompt in PROMPTS]
     report = "\n".join(lines) + "\n"
     print(report)
     out = Path(cfg.block)

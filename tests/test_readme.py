@@ -168,3 +168,8 @@ def test_the_plan_in_the_docs_is_what_is_printed(capsys, monkeypatch):
     printed = printed[printed.index("parameters "):]  # before: whether the weights are at hand
     page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert printed.strip() in page, "print it anew into docs/scaling.md"
+    peak = re.search(r"peak ([\d.]+ GB)", printed)[1]
+    hours = re.search(r"([\d,]+)\.\d hours", printed)[1]
+    for name in ("README.md", "docs/results.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert peak in text and hours in text, f"{name}: the 8B takes {peak} and {hours} hours"

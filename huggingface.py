@@ -231,7 +231,10 @@ def load_folder(folder, device, dtype, mask_token, asked):
     check_weights(folder, cfg)
     with torch.device("meta"):  # shapes alone
         model = Transformer(cfg)
-    model.to(dtype).to_empty(device=device)
+    # not model.to_empty(): of a meta tensor, that imports sympy for 0.5 s
+    memory = {name: torch.empty(p.shape, dtype=dtype, device=device)
+              for name, p in model.named_parameters()}
+    model.load_state_dict(memory, assign=True)
     load_weights(folder, model)
     return model, tok, recipe
 

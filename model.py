@@ -143,7 +143,9 @@ class Transformer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        # not nn.Embedding(…): it draws weights, and on the meta device that imports torch._dynamo
+        nothing_yet = torch.empty(cfg.vocab_size, cfg.d_model)
+        self.embed_tokens = nn.Embedding.from_pretrained(nothing_yet, freeze=False)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
         if not cfg.tie_embeddings:
@@ -152,7 +154,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw all weights anew, in order."""
+        """Draw all weights anew, in order; on the meta device there is nothing to draw."""
+        if self.head.is_meta:
+            return
         for name, p in self.named_parameters():
             p.copy_(self.first_weight(name, p.shape))
 

@@ -218,24 +218,27 @@ def test_the_clean_half_does_not_see_the_noise_and_the_noisy_half_restarts_its_p
         torch.testing.assert_close(both[:, a:b], alone[:, a:b], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("noisy, queries", [(False, None), (True, None), (True, 13)])
 @pytest.mark.parametrize("n_layer", [1, 2])
-def test_the_hidden_states_that_are_read_are_those_of_the_whole_forward(n_layer, noisy):
+def test_the_hidden_states_that_are_read_are_those_of_the_whole_forward(n_layer, noisy, queries):
     net = ours(n_layer=n_layer)
     spans = dataclasses.replace(spans_of([7, 6], 4, rows=2), noisy=noisy)
     tokens = random_tokens(2, 13 * (1 + noisy), seed=3)
-    whole = net(tokens, spans)
-    for read in ([0, 5, 5, 2 * tokens.shape[1] - 1], []):
+    whole = net(tokens, spans)[:, :queries]
+    torch.testing.assert_close(net(tokens, spans, queries=queries), whole, atol=1e-5, rtol=1e-5)
+    whole = whole.flatten(0, 1)
+    for read in ([0, 5, 5, len(whole) - 1], []):
         read = torch.tensor(read, dtype=torch.int64)
-        part = net(tokens, spans, read=read)
-        torch.testing.assert_close(part, whole.flatten(0, 1)[read], atol=1e-5, rtol=1e-5)
-    weights = list(net.parameters())
-    read = torch.tensor([3, 11, 17])
-    expected = torch.autograd.grad(whole.flatten(0, 1)[read].square().sum(), weights,
+        part = net(tokens, spans, queries=queries, read=read)
+        torch.testing.assert_close(part, whole[read], atol=1e-5, rtol=1e-5)
+
+    def gradients(hidden):
+        return torch.autograd.grad(hidden.square().sum(), list(net.parameters()),
                                    allow_unused=True, materialize_grads=True)
-    found = torch.autograd.grad(net(tokens, spans, read=read).square().sum(), weights,
-                                allow_unused=True, materialize_grads=True)
-    for a, b in zip(found, expected):
+
+    read = torch.tensor([3, 11, 17])
+    part = net(tokens, spans, queries=queries, read=read)
+    for a, b in zip(gradients(part), gradients(whole[read])):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 

@@ -360,7 +360,7 @@ def check_memory(model_cfg, optimizer, device_type):
 
 
 def nearest(model_cfg, cfg, ranks):
-    """The cheapest changes that make it fit: ({setting: value}, bytes), or None. `ranks` is last."""
+    """The cheapest changes that make it fit, `ranks` last: ({setting: value}, bytes), or None."""
     rows = cfg.batch_tokens // cfg.context
     counts = [n for n in range(ranks, min(rows, 2**20) + 1, ranks) if rows % n == 0]
     changes = possible_changes(cfg, min(cfg.micro_batch, rows // ranks))

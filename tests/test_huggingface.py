@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+import families
 import huggingface
 import sample
 import train
@@ -292,7 +293,7 @@ def command(monkeypatch):
     def run(main, *words):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
         try:
-            main()
+            return main() or 0
         except SystemExit as stop:
             return stop.code or 0
         finally:
@@ -484,8 +485,10 @@ def test_a_folders_own_code_is_never_run_but_by_verify(folders, tmp_path, comman
     (folder / "own_code.py").write_text("raise AssertionError('run')")
     assert command(huggingface.main, "export", folder, f"--to={tmp_path / 'ours'}") == 0
     assert command(sample.main, f"--init_from={folder}", "--max_new_tokens=2", "--device=cpu") == 0
-    with pytest.raises(AssertionError, match="run"):
+    with pytest.raises(Mistake, match="add --trust_remote_code=true"):
         command(huggingface.main, "verify", folder)
+    with pytest.raises(Mistake, match="AssertionError: run"):
+        command(huggingface.main, "verify", folder, TRUST)
     assert (
         command(huggingface.main, "verify", tmp_path / "ours", "--objective=ar") == 0
     )  # an export has none: Qwen2's layers
@@ -572,6 +575,7 @@ def test_every_size_in_config_json_is_heeded(tmp_path, family, config):
 
 # --- verify ---------------------------------------------------------------------------------------
 
+TRUST = "--trust_remote_code=true"
 OBJECTIVES = [
     ["--objective=ar"],
     ["--objective=ar_diffusion"],
@@ -587,7 +591,7 @@ def test_verify_agrees_with_transformers(folders, command, capsys, family, words
     assert command(huggingface.main, "verify", folders[family], *words) == 0
     said = capsys.readouterr().out
     assert (
-        huggingface.ARCHITECTURES[family] in said
+        families.ARCHITECTURES[family] in said
         and words[0].split("=")[1] in said
         and "100.0% of the tokens" in said
     )
@@ -596,7 +600,7 @@ def test_verify_agrees_with_transformers(folders, command, capsys, family, words
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_verify_agrees_with_the_code_a_folder_brings(folders, command, capsys, name):
     _, words, (objective, *_) = PUBLISHED[name]
-    assert command(huggingface.main, "verify", folders[name], *words) == 0
+    assert command(huggingface.main, "verify", folders[name], TRUST, *words) == 0
     said = capsys.readouterr().out
     assert objective in said and "100.0% of the tokens" in said
     assert ("Model in" in said) == (name in ("Dream", "CoDA", "SDAR"))  # its own class was run
@@ -647,7 +651,7 @@ def test_verify_disagrees_when_the_attention_is_another(folders, monkeypatch, co
         (["--tokens=97"], "context of 96"),
     ):
         with pytest.raises(ValueError, match=said):
-            command(huggingface.main, "verify", folders["Dream"], *more)
+            command(huggingface.main, "verify", folders["Dream"], TRUST, *more)
     dense_mask = Spans.dense_mask
     monkeypatch.setattr(
         Spans, "dense_mask", lambda self: dense_mask(self).tril()
@@ -655,11 +659,212 @@ def test_verify_disagrees_when_the_attention_is_another(folders, monkeypatch, co
     for name in ("SDAR", "llama"):
         assert (
             command(
-                huggingface.main, "verify", folders[name], "--objective=block", "--block_size=4"
+                huggingface.main,
+                "verify",
+                folders[name],
+                TRUST,
+                "--objective=block",
+                "--block_size=4",
             )
             == 1
         )
-        assert command(huggingface.main, "verify", folders[name], "--objective=ar") == 0
+        assert command(huggingface.main, "verify", folders[name], TRUST, "--objective=ar") == 0
+
+
+def with_code(folders, folder, code="", **config):
+    """A copy of the Dream folder, with more lines of code and other values in config.json."""
+    shutil.copytree(folders["Dream"], folder)
+    with (folder / "own_code.py").open("a") as f:
+        f.write(code)
+    change(folder / "config.json", **config)
+    return folder
+
+
+def fault_of_verify(command, folder, *words):
+    """The one line that verify ends with."""
+    with pytest.raises(Mistake) as error:
+        command(huggingface.main, "verify", folder, TRUST, *words)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_verify_names_every_file_it_would_run_before_it_reads_the_weights(
+    folders, tmp_path, command
+):
+    elsewhere = {
+        "AutoConfig": "own_code.Config",
+        "AutoModel": "a/b--modeling.Model",
+        "AutoTokenizer": ["x.Slow", None],
+    }
+    folder = with_code(folders, tmp_path / "f", auto_map=elsewhere)
+    (folder / "helper.py").write_text("raise AssertionError('run')")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(Mistake) as error:
+        command(huggingface.main, "verify", folder)
+    assert str(error.value) == (
+        f"{folder} brings its own code, which verify would run: helper.py, modeling.py of "
+        "huggingface.co/a/b, own_code.py; read it, then add --trust_remote_code=true"
+    )
+
+
+@pytest.mark.parametrize("auto_map", [{}, {"AutoTokenizer": "own_code.Tokenizer"}])
+def test_a_folder_without_code_for_the_model_needs_no_trust(folders, tmp_path, command, auto_map):
+    folder = shutil.copytree(folders["llama"], tmp_path / "f")
+    (folder / "own_code.py").write_text("raise AssertionError('run')")
+    change(folder / "config.json", auto_map=auto_map)
+    assert command(huggingface.main, "verify", folder) == 0
+
+
+FORWARD = """
+def forward(self, input_ids, **kwargs):
+    {}
+
+Model.forward = forward
+"""
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        (
+            "import no_such_package",
+            "(ImportError: This modeling file requires the following packages",
+        ),
+        ("raise KeyError('default')", "(KeyError: 'default')"),
+        ("raise ValueError('one\\ntwo')", "(ValueError: one)"),
+        ("Model = None", "(AttributeError: 'NoneType' object has no attribute"),
+        (FORWARD.format("raise TypeError('no mask')"), "(TypeError: no mask)"),
+        (
+            FORWARD.format("return self"),
+            "(AttributeError: 'Model' object has no attribute 'logits'",
+        ),
+        (
+            FORWARD.format("return (torch.zeros(3, 4), None)"),
+            "(ValueError: its logits have shape (3, 4))",
+        ),
+    ],
+)
+def test_a_failure_of_a_folders_own_code_is_one_sentence(folders, tmp_path, command, code, said):
+    folder = with_code(folders, tmp_path / "f", code, transformers_version="4.46.2")
+    found = fault_of_verify(command, folder)
+    assert f"{folder}: its own code failed under transformers {transformers.__version__} " in found
+    assert said in found
+    assert found.endswith(
+        "; its config.json was written by another: `pip install "
+        '"transformers==4.46.*"` into an environment of its own and verify there'
+    )
+
+
+@pytest.mark.parametrize("version", [transformers.__version__, None, "new", 4.46])
+def test_no_other_version_is_named_where_config_json_names_none(
+    folders, tmp_path, command, version
+):
+    folder = with_code(
+        folders, tmp_path / "f", "raise KeyError('default')", transformers_version=version
+    )
+    asked_for = '`pip install "transformers==4.46.*"`' if version == 4.46 else "no other version"
+    assert asked_for in fault_of_verify(command, folder)
+
+
+def test_a_failure_of_transformers_itself_is_one_sentence(folders, monkeypatch, command):
+    def fail(*a, **k):
+        raise RuntimeError("no kernel\nand more")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    found = fault_of_verify(command, folders["llama"])
+    assert (
+        f"transformers' code for it failed under transformers {transformers.__version__}" in found
+    )
+    assert "(RuntimeError: no kernel); its config.json names no other version to try" in found
+
+
+def test_without_transformers_verify_says_what_to_install(folders, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = fault_of_verify(command, folders["llama"])
+    assert "cannot be imported" in found and found.endswith("`pip install transformers`")
+
+
+def test_no_memory_left_is_not_taken_for_a_failure_of_their_code(folders, tmp_path, command):
+    folder = with_code(folders, tmp_path / "f", FORWARD.format("raise MemoryError"))
+    with pytest.raises(MemoryError):
+        command(huggingface.main, "verify", folder, TRUST)
+
+
+TIES = """
+def eval(self):
+    self.lm_head.weight = self.model.embed_tokens.weight
+    return self
+
+Model.eval = eval
+"""
+
+
+def test_a_head_that_transformers_tied_is_the_files_again(folders, tmp_path, command, capsys):
+    folder = shutil.copytree(folders["CoDA"], tmp_path / "f")
+    with (folder / "own_code.py").open("a") as f:
+        f.write(TIES)
+    assert "tie_word_embeddings" not in json.loads((folder / "config.json").read_text())
+    assert command(huggingface.main, "verify", folder, TRUST) == 0
+    assert "tied its head to its embedding and was given the file's" in capsys.readouterr().out
+
+
+def test_a_head_that_the_folder_ties_stays_tied(folders, command, capsys):
+    assert command(huggingface.main, "verify", folders["qwen2"]) == 0
+    assert "was given the file's" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "version, keyword",
+    [
+        ("4.46.3", "torch_dtype"),
+        ("4.51.0", "torch_dtype"),
+        ("4.55.4", "torch_dtype"),
+        ("4.56.0", "dtype"),
+        ("4.57.0.dev0", "dtype"),
+        ("5.0.0rc1", "dtype"),
+        ("5.23.0", "dtype"),
+    ],
+)
+def test_the_type_of_the_weights_is_named_as_that_version_knows_it(
+    folders, monkeypatch, command, version, keyword
+):
+    asked = {}
+
+    def record(*a, **k):
+        asked.update(k)
+        raise RuntimeError("enough was seen")
+
+    monkeypatch.setattr("transformers.__version__", version)  # of the module as verify imports it
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", record)
+    assert "enough was seen" in fault_of_verify(command, folders["llama"])
+    assert asked == {
+        "trust_remote_code": False,
+        keyword: torch.float32,
+        "attn_implementation": "eager",
+    }
+
+
+def test_a_disagreement_names_the_version_config_json_was_written_by(
+    folders, tmp_path, command, capsys
+):
+    folder = with_code(
+        folders,
+        tmp_path / "f",
+        transformers_version="4.46.2",
+        code="""
+theirs = Model.forward
+
+def forward(self, input_ids, **kwargs):
+    output = theirs(self, input_ids, **kwargs)
+    output.logits[0, 0, 0] += 100
+    return output
+
+Model.forward = forward
+""",
+    )
+    assert command(huggingface.main, "verify", folder, TRUST) == 1
+    assert '`pip install "transformers==4.46.*"`' in capsys.readouterr().out
 
 
 def test_the_commands_from_outside(folders, tmp_path):
@@ -680,9 +885,14 @@ def test_the_commands_from_outside(folders, tmp_path):
             text=True,
         )
 
-    found = shell("verify", folders["Dream"])
+    found = shell("verify", folders["Dream"], TRUST)
     assert found.returncode == 0 and "100.0% of the tokens" in found.stdout
-    found = shell("verify", folders["SDAR"])
+    found = shell("verify", folders["Dream"])
+    assert found.returncode == 1 and found.stderr == (
+        f"error: {folders['Dream']} brings its own code, which verify would "
+        "run: own_code.py; read it, then add --trust_remote_code=true\n"
+    )
+    found = shell("verify", folders["SDAR"], TRUST)
     assert found.returncode == 1 and found.stderr == (
         "error: objective='block' needs a block_size, which config.json does not "
         "say: give --block_size, such as 4\n"
@@ -700,6 +910,9 @@ def how(recipe):
     return recipe.objective, recipe.shift, recipe.block_size
 
 
+DIFFCODER = "modeling_seed_diffcoder.SeedDiffcoderForCausalLM"  # its architectures are LLAMA's
+
+
 @pytest.mark.parametrize(
     "hf, asked, expected",
     [
@@ -713,6 +926,7 @@ def how(recipe):
             {},
             ("block", False, 4),
         ),
+        (LLAMA | {"auto_map": {"AutoModelForCausalLM": DIFFCODER}}, {}, ("block", False, 4)),
         ({"model_type": "sdar"}, {"block_size": 16}, ("block", False, 16)),
         (
             {"model_type": "sdar", "block_size": 8},
@@ -743,7 +957,7 @@ def how(recipe):
 def test_the_user_goes_before_config_json_and_config_json_before_its_model_type(
     hf, asked, expected
 ):
-    assert how(huggingface.recipe_of(hf, MASKED, **asked)) == expected
+    assert how(families.recipe_of(hf, MASKED, **asked)) == expected
 
 
 @pytest.mark.parametrize(
@@ -759,7 +973,7 @@ def test_a_block_size_that_nobody_says_is_asked_for(hf, asked):
     with pytest.raises(
         ValueError, match="needs a block_size, which config.json does not say: give --block_size"
     ):
-        huggingface.recipe_of(hf, MASKED, **asked)
+        families.recipe_of(hf, MASKED, **asked)
 
 
 @pytest.mark.parametrize(
@@ -776,7 +990,7 @@ def test_a_block_size_that_nobody_says_is_asked_for(hf, asked):
 )
 def test_a_recipe_that_cannot_be_is_refused(hf, asked, said):
     with pytest.raises(ValueError, match=said):
-        huggingface.recipe_of(hf, MASKED, **asked)
+        families.recipe_of(hf, MASKED, **asked)
 
 
 def test_a_mask_that_nobody_names_is_asked_for_and_taken_by_name(folders):

@@ -1,8 +1,9 @@
-"""parallel.py and train.py under torchrun: the same numbers on any number of processes, whatever ends some of them.
+"""parallel.py and train.py under torchrun: the same numbers on any number of processes, whatever
+ends some of them.
 
-One launch of tests/ranks.py runs many jobs in one process group; a launch of its own has only what ends a process.
+One launch of tests/ranks.py runs many jobs in one process group; a launch of its own has only what
+ends a process. All of it is one group of pytest-xdist: its fixtures are expensive.
 """
-
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,38 +27,28 @@ from test_train import OBJECTIVES, TINY, metrics, train, weights
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import checkpoint
+import huggingface
 import parallel
+from configurator import Mistake
 from diffusion import Recipe
-from model import ModelConfig, Transformer, my_rows
-from tokenizer import Tokenizer
+from files import write_json
+from model import ModelConfig, Transformer
 
-STEPS = [
-    "--max_steps=20",
-    "--eval_every=20",
-    "--save_every=99",
-    "--dtype=float32",
-    "--micro_batch=8",
-]
+pytestmark = pytest.mark.xdist_group("parallel")
+
+STEPS = ["--max_steps=20", "--eval_every=20", "--save_every=99", "--dtype=float32",
+         "--micro_batch=8"]
 
 # what is learned, on one process: the numbers that every split of the work must give
 RUNS = {
     **OBJECTIVES,
     "block": [*OBJECTIVES["block"], "--save_every=10"],
     "adafactor": ["--optimizer=adafactor", "--n_layer=1", "--tie_embeddings=false"],
-    # 2 rows of k_proj for up to 4 processes, 45 of gate_proj, 331 of a head of its own, norms of 30, biases
-    "uneven": [
-        "--optimizer=adafactor",
-        "--n_layer=1",
-        "--head_dim=2",
-        "--n_head=3",
-        "--n_kv_head=1",
-        "--d_model=30",
-        "--d_ff=45",
-        "--vocab_size=331",
-        "--tie_embeddings=false",
-        "--qkv_bias=true",
-    ],
+    # 2 rows of k_proj for up to 4 processes, 45 of gate_proj, 331 of a head of its own,
+    # norms of 30, biases
+    "uneven": ["--optimizer=adafactor", "--n_layer=1", "--head_dim=2", "--n_head=3",
+               "--n_kv_head=1", "--d_model=30", "--d_ff=45", "--vocab_size=331",
+               "--tie_embeddings=false", "--qkv_bias=true"],
     "clipped": ["--objective=ar", "--grad_clip=0.1", "--qk_norm=true"],
 }
 
@@ -77,30 +69,17 @@ SPLITS = [
     (4, "uneven", "--micro_batch=1"),
 ]
 
-LONG = [
-    "--max_steps=60",
-    "--eval_every=20",
-    "--save_every=20",
-    "--keep=99",
-    "--dtype=float32",
-]  # long enough to be interrupted
-FILE_SIZES = [
-    5 * 10**9,
-    40_000,
-    5_000,
-]  # one file, several tensors a file, nearly every tensor in its own
-ADAFACTOR = [
-    {"relative": True, "lr": 0.5, "weight_decay": 0.1},
-    {"relative": False, "lr": 0.01, "weight_decay": 0.1},
-]
+# long enough to be interrupted
+LONG = ["--max_steps=60", "--eval_every=20", "--save_every=20", "--keep=99", "--dtype=float32"]
+# one file, several tensors per file, nearly every tensor in its own
+FILE_SIZES = [5 * 10**9, 40_000, 5_000]
+ADAFACTOR = [{"relative": True, "lr": 0.5, "weight_decay": 0.1},
+             {"relative": False, "lr": 0.01, "weight_decay": 0.1}]
 
 
 def split_name(ranks, run, more):
-    return (
-        " ".join([str(ranks), run, more.replace("--", "").replace("=true", "")])
-        .strip()
-        .replace(" ", "-")
-    )
+    more = more.replace("--", "").replace("=true", "")
+    return f"{ranks} {run} {more}".strip().replace(" ", "-")
 
 
 STARTED = []
@@ -117,27 +96,12 @@ def no_launch_outlives_its_test():
 
 def launch(ranks, *script, torchrun=(), **kwargs):
     """Start `torchrun`, on a free port; stdout and stderr of the processes come out of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        *torchrun,
-        *script,
-    ]
-    STARTED.append(
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            **kwargs,
-        )
-    )
-    return STARTED[-1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={ranks}", *torchrun, *map(str, script)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+    STARTED.append(run)
+    return run
 
 
 def launch_train(ranks, data, out, *more, **kwargs):
@@ -145,20 +109,20 @@ def launch_train(ranks, data, out, *more, **kwargs):
 
 
 def run_jobs(ranks, jobs, folder):
-    """{name: one result of ranks.py a process}. jobs: {name: [function of ranks.py, arguments …]}."""
+    """{name: one result of ranks.py per process}. jobs: {name: [function of ranks.py, arguments
+    …]}."""
     file = folder / f"jobs_{ranks}.json"
-    file.write_text(
-        json.dumps([[str(a) if isinstance(a, Path) else a for a in job] for job in jobs.values()])
-    )
-    run = launch(ranks, "tests/ranks.py", str(file))
+    file.write_text(json.dumps(list(jobs.values()), default=str))  # paths become texts
+    run = launch(ranks, "tests/ranks.py", file)
     _, errors = run.communicate(timeout=1800)
     assert run.returncode == 0, errors
-    found = [json.loads((folder / f"jobs_{ranks}.json.{r}").read_text()) for r in range(ranks)]
-    return dict(zip(jobs, zip(*found)))
+    results = [json.loads((folder / f"jobs_{ranks}.json.{r}").read_text()) for r in range(ranks)]
+    return dict(zip(jobs, zip(*results, strict=True), strict=True))
 
 
 def same_numbers(out, reference):
-    """The same metrics to 1e-5: float32 sums in another order, let grow for 20 steps. What is counted is exactly equal."""
+    """The same metrics to 1e-5: float32 sums in another order, let grow for 20 steps. What is
+    counted is exactly equal."""
     found, wanted = metrics(out), metrics(reference)
     assert [m["step"] for m in found] == [m["step"] for m in wanted]
     for a, b in zip(found, wanted):
@@ -167,31 +131,36 @@ def same_numbers(out, reference):
             assert a[key] == b[key]
 
 
-# --- one launch a number of processes ---------------------------------------------------------------------------------
-
+# --- one launch per number of processes -----------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def runs(data_folder, tmp_path_factory):
     """A folder of runs on one process, in this one."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, settings in RUNS.items():
-        train(data_folder, folder / name, *STEPS, *settings)
+    for name, more in RUNS.items():
+        train(data_folder, folder / name, *STEPS, *more)
     return folder
 
 
 def splits_of(ranks, data, folder):
-    return {
-        split_name(*split): [
-            "train",
-            data,
-            folder / split_name(*split),
-            *STEPS,
-            *RUNS[split[1]],
-            *split[2].split(),
-        ]
-        for split in SPLITS
-        if split[0] == ranks
-    }
+    jobs = {}
+    for split in SPLITS:
+        if split[0] == ranks:
+            name = split_name(*split)
+            more = [*STEPS, *RUNS[split[1]], *split[2].split()]
+            jobs[name] = ["train", data, folder / name, *more]
+    return jobs
+
+
+def jobs_of_any_number(ranks, copies, folder):
+    """Weights in files of several sizes, and Adafactor."""
+    jobs = {}
+    for size in FILE_SIZES:
+        out = folder / f"by {ranks} in files of {size}"
+        jobs[f"files of {size}"] = ["rewrite", folder / "block", out, size]
+    for n, kwargs in enumerate(ADAFACTOR):
+        jobs[f"adafactor {n}"] = ["adafactor", copies, kwargs]
+    return jobs
 
 
 @pytest.fixture(scope="module")
@@ -199,83 +168,36 @@ def two(data_folder, runs):
     """What two processes did: {job: its results}. Runs are beside those of one process."""
     shutil.copytree(runs / "block", runs / "saved by 1, resumed by 2")
     (runs / "saved by 1, resumed by 2" / "latest").write_text("step_0000010")
-    resume = [*STEPS, *RUNS["block"], "--init_from=resume"]
+    resume = [*STEPS, *RUNS["block"], "--resume=true"]
     saved = runs / split_name(2, "block", "--micro_batch=1")
-    return run_jobs(
-        2,
-        {
-            **splits_of(2, data_folder, runs),
-            "resumed by 2": ["train", data_folder, runs / "saved by 1, resumed by 2", *resume],
-            "for 1": ["rewind", saved, runs / "saved by 2, resumed by 1", 10],
-            "for 4": ["rewind", saved, runs / "saved by 2, resumed by 4", 10],
-            "for 2": ["rewind", saved, runs / "saved by 2, resumed by 2", 10],
-            "2 go on": [
-                "train",
-                data_folder,
-                runs / "saved by 2, resumed by 2",
-                *resume,
-                "--micro_batch=1",
-            ],
-            "undisturbed": [
-                "train",
-                data_folder,
-                runs / "undisturbed",
-                *LONG,
-                f"--init_from={runs / 'ar'}",
-            ],
-            **{
-                f"files of {size}": [
-                    "rewrite",
-                    runs / "block",
-                    runs / f"by 2 in files of {size}",
-                    size,
-                ]
-                for size in FILE_SIZES
-            },
-            **{f"adafactor {n}": ["adafactor", 1, kwargs] for n, kwargs in enumerate(ADAFACTOR)},
-            "9 rows": ["train", data_folder, runs / "nine rows", "--batch_tokens=288"],
-            "full disk": [
-                "full_disk",
-                1,
-                9000,
-                data_folder,
-                runs / "saved by 2, resumed by 1",
-                *resume,
-            ],
-        },
-        runs,
-    )
+    return run_jobs(2, {
+        **splits_of(2, data_folder, runs),
+        "resumed by 2": ["train", data_folder, runs / "saved by 1, resumed by 2", *resume],
+        "for 1": ["rewind", saved, runs / "saved by 2, resumed by 1", 10],
+        "for 4": ["rewind", saved, runs / "saved by 2, resumed by 4", 10],
+        "for 2": ["rewind", saved, runs / "saved by 2, resumed by 2", 10],
+        "2 continue": ["train", data_folder, runs / "saved by 2, resumed by 2", *resume,
+                       "--micro_batch=1"],
+        "undisturbed": ["train", data_folder, runs / "undisturbed", *LONG,
+                        f"--init_from={runs / 'ar'}"],
+        **jobs_of_any_number(2, 1, runs),
+        "9 rows": ["train", data_folder, runs / "nine rows", "--batch_tokens=288"],
+        "full disk": ["full_disk", 1, 9000, data_folder, runs / "saved by 2, resumed by 1",
+                      *resume],
+    }, runs)
 
 
 @pytest.fixture(scope="module")
 def four(data_folder, runs, two):
     """What four processes did, as `two`."""
-    resume = [*STEPS, *RUNS["block"], "--init_from=resume"]
-    return run_jobs(
-        4,
-        {
-            **splits_of(4, data_folder, runs),
-            "resumed by 4": [
-                "train",
-                data_folder,
-                runs / "saved by 2, resumed by 4",
-                *resume,
-                "--micro_batch=1",
-            ],
-            **{
-                f"files of {size}": [
-                    "rewrite",
-                    runs / "block",
-                    runs / f"by 4 in files of {size}",
-                    size,
-                ]
-                for size in FILE_SIZES
-            },
-            **{f"adafactor {n}": ["adafactor", 2, kwargs] for n, kwargs in enumerate(ADAFACTOR)},
-            "1 row": ["train", data_folder, runs / "one row", "--batch_tokens=32"],
-        },
-        runs,
-    )
+    resume = [*STEPS, *RUNS["block"], "--resume=true"]
+    return run_jobs(4, {
+        **splits_of(4, data_folder, runs),
+        "resumed by 4": ["train", data_folder, runs / "saved by 2, resumed by 4", *resume,
+                         "--micro_batch=1"],
+        **jobs_of_any_number(4, 2, runs),
+        "1 row": ["train", data_folder, runs / "one row", "--batch_tokens=32"],
+    }, runs)
 
 
 def returned(results):
@@ -294,121 +216,93 @@ def test_any_split_of_the_work_gives_the_numbers_of_one_process(request, runs, s
 @pytest.mark.slow
 def test_every_way_to_split_the_work_gives_the_numbers_of_one_process(data_folder, runs, tmp_path):
     """All combinations, 10 steps of each objective's."""
-    short = [
-        "--max_steps=10",
-        "--eval_every=5",
-        "--dtype=float32",
-        "--save_every=99",
-        "--micro_batch=8",
-    ]
+    short = ["--max_steps=10", "--eval_every=5", "--dtype=float32", "--save_every=99",
+             "--micro_batch=8"]
     for objective in OBJECTIVES:
         train(data_folder, tmp_path / objective, *short, *OBJECTIVES[objective])
     for ranks in (2, 4):
-        ways = [
-            f"--micro_batch={micro} --recompute={recompute} --reshard={reshard} --reduce_each={each} --shard_ranks={share}"
-            for micro in (1, 8)
-            for recompute in ("none", "selective", "full")
-            for reshard in ("true", "false")
-            for each in ("true", "false")
-            for share in (0, 2)
-            if share < ranks and (each == "false" or micro == 1)
-        ]
-        jobs = {
-            f"{ranks} {objective} {way}": [
-                "train",
-                data_folder,
-                tmp_path / f"{ranks} {objective} {way}",
-                *short,
-                *OBJECTIVES[objective],
-                *way.split(),
-            ]
-            for n, way in enumerate(ways)
-            for m, objective in enumerate(OBJECTIVES)
-            if (n + m) % 2 == 0
-        }
+        jobs = {}
+        for n, way in enumerate(ways_to_split(ranks)):
+            for m, objective in enumerate(OBJECTIVES):
+                if (n + m) % 2 == 0:
+                    name = f"{ranks} {objective} {way}"
+                    jobs[name] = ["train", data_folder, tmp_path / name, *short,
+                                  *OBJECTIVES[objective], *way.split()]
         for name, results in run_jobs(ranks, jobs, tmp_path).items():
             returned(results)
             same_numbers(tmp_path / name, tmp_path / name.split()[1])
 
 
+def ways_to_split(ranks):
+    """All combinations of the settings that split the work, as texts."""
+    ways = product((1, 8), ("none", "selective", "full"), ("true", "false"), ("true", "false"),
+                   (0, 2))
+    for micro, recompute, reshard, each, share in ways:
+        if share < ranks and (each == "false" or micro == 1):
+            yield (f"--micro_batch={micro} --recompute={recompute} --reshard={reshard} "
+                   f"--reduce_each={each} --shard_ranks={share}")
+
+
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_numbers_on_several_processes(data_folder, runs, tmp_path):
-    jobs = {
-        f"{recompute} {objective}": [
-            "train",
-            data_folder,
-            tmp_path / f"{recompute} {objective}",
-            *STEPS,
-            "--micro_batch=3",
-            "--compile=true",
-            f"--recompute={recompute}",
-            *OBJECTIVES[objective],
-        ]
-        for recompute, objective in (
-            ("none", "block"),
-            ("selective", "ar"),
-            ("full", "bidirectional"),
-        )
-    }
+    jobs = {}
+    for recompute, objective in (("none", "block"), ("selective", "ar"),
+                                 ("full", "bidirectional")):
+        name = f"{recompute} {objective}"
+        jobs[name] = ["train", data_folder, tmp_path / name, *STEPS, "--micro_batch=3",
+                      "--compile=true", f"--recompute={recompute}", *OBJECTIVES[objective]]
     for name, results in run_jobs(2, jobs, tmp_path).items():
         returned(results)
         same_numbers(tmp_path / name, runs / name.split()[1])
 
 
-# --- saved by some, read by others ------------------------------------------------------------------------------------
+# --- saved by some, read by others ----------------------------------------------------------------
 
-
-def test_a_run_goes_on_with_another_number_of_processes(data_folder, runs, two, four):
-    train(
-        data_folder, runs / "saved by 2, resumed by 1", *STEPS, *RUNS["block"], "--init_from=resume"
-    )
+def test_a_run_continues_with_another_number_of_processes(data_folder, runs, two, four):
+    train(data_folder, runs / "saved by 2, resumed by 1", *STEPS, *RUNS["block"], "--resume=true")
     returned(two["resumed by 2"] + four["resumed by 4"])
-    for name in (
-        "saved by 1, resumed by 2",
-        "saved by 2, resumed by 1",
-        "saved by 2, resumed by 4",
-    ):
+    for name in ("saved by 1, resumed by 2", "saved by 2, resumed by 1",
+                 "saved by 2, resumed by 4"):
         same_numbers(runs / name, runs / "block")
 
 
-def test_a_run_that_goes_on_with_as_many_processes_gives_the_same_bits(runs, two):
-    returned(two["2 go on"])
+def test_a_run_that_continues_with_as_many_processes_gives_the_same_bits(runs, two):
+    returned(two["2 continue"])
     undisturbed = runs / split_name(2, "block", "--micro_batch=1")
     assert metrics(runs / "saved by 2, resumed by 2") == metrics(undisturbed)
     assert weights(runs / "saved by 2, resumed by 2") == weights(undisturbed)
 
 
-def test_weights_are_the_same_whoever_writes_them_and_in_however_many_files(
-    data_folder, runs, two, four
-):
-    wanted = load_file(checkpoint.find(runs / "block") / "model.safetensors")
+def tensor_bytes(path):
+    """Bytes of all tensors in a file, as float32."""
+    return sum(v.numel() for v in load_file(path).values()) * 4
+
+
+def test_weights_are_the_same_whoever_writes_them_and_in_however_many_files(runs, two, four):
+    wanted = load_file(huggingface.find(runs / "block") / "model.safetensors")
     for size in FILE_SIZES:
         returned(two[f"files of {size}"] + four[f"files of {size}"])
         by_2, by_4 = (runs / f"by {n} in files of {size}" for n in (2, 4))
         names = sorted(p.name for p in by_2.iterdir())
         assert names == sorted(p.name for p in by_4.iterdir())
-        assert all((by_2 / name).read_bytes() == (by_4 / name).read_bytes() for name in names)
+        for name in names:
+            assert (by_2 / name).read_bytes() == (by_4 / name).read_bytes()
         files = [p for p in by_2.iterdir() if p.suffix == ".safetensors"]
         largest = max(v.numel() for v in wanted.values()) * 4
-        assert all(
-            sum(v.numel() for v in load_file(p).values()) * 4 <= max(size, largest) for p in files
-        )
-        found = {k: v for p in files for k, v in load_file(p).items()}
-        assert found.keys() == wanted.keys() and all(
-            torch.equal(found[k], wanted[k]) for k in wanted
-        )
-        model, _, _ = checkpoint.load(by_2)
-        assert all(
-            torch.equal(p, wanted[checkpoint.tensor_name(n)]) for n, p in model.named_parameters()
-        )
+        assert all(tensor_bytes(p) <= max(size, largest) for p in files)
+        written = {k: v for p in files for k, v in load_file(p).items()}
+        assert written.keys() == wanted.keys()
+        assert all(torch.equal(written[k], wanted[k]) for k in wanted)
+        model, _, _ = huggingface.load(by_2)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, wanted[huggingface.tensor_name(name)])
     assert len(files) > 10
 
 
-# --- processes that die, or are asked to leave --------------------------------------------------------------------------
+# --- processes that die, or are asked to leave ----------------------------------------------------
 
-needs_proc = pytest.mark.skipif(
-    sys.platform != "linux", reason="finds the processes that torchrun started in /proc"
-)
+needs_proc = pytest.mark.skipif(sys.platform != "linux",
+                                reason="finds the processes that torchrun started in /proc")
 
 
 def lines_of(out):
@@ -428,18 +322,22 @@ def process(run, rank):
     """The id of one of the processes that torchrun started."""
     for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
         try:
-            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                return int(pid)
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:  # gone meanwhile
             continue
+        if f"RANK={rank}".encode() in environment:
+            return int(pid)
+    return None
 
 
 def left(pids):
     """Whether all of these processes are gone, or soon are."""
     until = time.time() + 20
-    while (there := any(Path(f"/proc/{pid}").exists() for pid in pids)) and time.time() < until:
+    while time.time() < until:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
         time.sleep(0.02)
-    return not there
+    return False
 
 
 def no_traceback_of_ours(errors):
@@ -448,7 +346,10 @@ def no_traceback_of_ours(errors):
 
 
 def end_and_let_torchrun_restart(data, out, ends, *settings):
-    """A run to its end. ends: (signal, rank that gets it, a function of the run's folder that says when)."""
+    """A run to its end.
+
+    ends: (signal, rank that gets it, a function of the run's folder that says when).
+    """
     run = launch_train(2, data, out, *settings, torchrun=[f"--max-restarts={len(ends)}"])
     for sig, rank, when in ends:
         wait_for(run, lambda: when(out) and process(run, rank))
@@ -460,34 +361,31 @@ def end_and_let_torchrun_restart(data, out, ends, *settings):
 
 
 def latest_is(step):
-    return lambda out: (
-        (out / "latest").exists() and (out / "latest").read_text() == f"step_{step:07d}"
-    )
+    def says(out):
+        latest = out / "latest"
+        return latest.exists() and latest.read_text() == f"step_{step:07d}"
+    return says
 
 
 @needs_proc
 def test_torchrun_restarts_what_lost_a_process_from_its_own_checkpoint(
-    data_folder, runs, two, tmp_path
-):
-    """Killed before its first checkpoint, and after its second, although --init_from names another folder's weights.
+        data_folder, runs, two, tmp_path):
+    """Killed before its first checkpoint, and after its second, although --init_from names another
+    folder's weights.
 
-    One process alone asked to leave in between: all save a checkpoint and leave, which torchrun takes for a failure as well.
+    One process alone asked to leave in between: all save a checkpoint and leave, which torchrun
+    takes for a failure as well.
     """
     returned(two["undisturbed"])
-    ends = [
-        (signal.SIGKILL, 1, lambda out: lines_of(out) >= 6),
-        (signal.SIGTERM, 1, lambda out: latest_is(20)(out) and 25 <= lines_of(out) < 38),
-        (signal.SIGKILL, 0, lambda out: latest_is(40)(out) and lines_of(out) >= 45),
-    ]
-    end_and_let_torchrun_restart(
-        data_folder, tmp_path / "run", ends, *LONG, f"--init_from={runs / 'ar'}"
-    )
+    ends = [(signal.SIGKILL, 1, lambda out: lines_of(out) >= 6),
+            (signal.SIGTERM, 1, lambda out: latest_is(20)(out) and 25 <= lines_of(out) < 38),
+            (signal.SIGKILL, 0, lambda out: latest_is(40)(out) and lines_of(out) >= 45)]
+    end_and_let_torchrun_restart(data_folder, tmp_path / "run", ends, *LONG,
+                                 f"--init_from={runs / 'ar'}")
     assert metrics(tmp_path / "run") == metrics(runs / "undisturbed")
     assert weights(tmp_path / "run") == weights(runs / "undisturbed")
-    saved = [p.name for p in (tmp_path / "run").glob("step_*")]
-    assert len(saved) == 4, (
-        "the one asked to leave did not make the others save"
-    )  # at 20, 40, 60 and then
+    saved = [p.name for p in (tmp_path / "run").glob("step_*")]  # at 20, 40, 60 and then
+    assert len(saved) == 4, "the one asked to leave did not make the others save"
 
 
 @pytest.mark.slow
@@ -496,73 +394,61 @@ def test_torchrun_restarts_what_lost_a_process_from_its_own_checkpoint(
 def test_torchrun_restarts_a_new_run_and_a_resumed_one(data_folder, tmp_path, first, second):
     whole, new, resumed = (tmp_path / name for name in ("whole", "new", "resumed"))
     assert launch_train(2, data_folder, whole, *LONG).wait() == 0
-    ends = [
-        (signal.SIGKILL, first, lambda out: latest_is(20)(out) and lines_of(out) >= 30),
-        (signal.SIGKILL, second, latest_is(40)),
-    ]
+    ends = [(signal.SIGKILL, first, lambda out: latest_is(20)(out) and lines_of(out) >= 30),
+            (signal.SIGKILL, second, latest_is(40))]
     end_and_let_torchrun_restart(data_folder, new, ends, *LONG)
     shutil.copytree(whole, resumed)
     (resumed / "latest").write_text("step_0000020")
-    ends = [
-        (signal.SIGKILL, second, lambda out: 23 <= lines_of(out) <= 40),
-        (signal.SIGKILL, first, latest_is(40)),
-    ]
-    end_and_let_torchrun_restart(data_folder, resumed, ends, *LONG, "--init_from=resume")
+    ends = [(signal.SIGKILL, second, lambda out: 23 <= lines_of(out) <= 40),
+            (signal.SIGKILL, first, latest_is(40))]
+    end_and_let_torchrun_restart(data_folder, resumed, ends, *LONG, "--resume=true")
     for out in (new, resumed):
         assert metrics(out) == metrics(whole) and weights(out) == weights(whole)
 
 
 @needs_proc
 def test_a_run_that_is_preempted_or_stopped_saves_a_checkpoint_and_all_leave(
-    data_folder, runs, two, tmp_path
-):
-    """SIGTERM to torchrun, as a scheduler sends; then Ctrl-C, which a terminal sends to every process of the group."""
+        data_folder, runs, two, tmp_path):
+    """SIGTERM to torchrun, as a scheduler sends; then Ctrl-C, which a terminal sends to every
+    process of the group."""
     returned(two["undisturbed"])
-    out, init_from = tmp_path / "run", runs / "ar"
+    out, same = tmp_path / "run", [*LONG, "--save_every=999", f"--init_from={runs / 'ar'}"]
     for ask, at in ((signal.SIGTERM, 5), (signal.SIGINT, 25)):
-        run = launch_train(
-            2,
-            data_folder,
-            out,
-            *LONG,
-            "--save_every=999",
-            f"--init_from={init_from}",
-            start_new_session=True,
-        )
+        run = launch_train(2, data_folder, out, *same, start_new_session=True)
         wait_for(run, lambda: lines_of(out) >= at and process(run, 0) and process(run, 1))
         pids = process(run, 0), process(run, 1)
-        run.send_signal(ask) if ask == signal.SIGTERM else os.killpg(run.pid, ask)
+        if ask == signal.SIGTERM:
+            run.send_signal(ask)
+        else:
+            os.killpg(run.pid, ask)
         printed, errors = run.communicate(timeout=120)
         assert run.returncode != 0 and left(pids) and no_traceback_of_ours(errors), errors
-        assert printed.count("the same command with --resume=true goes on") == 1
+        assert printed.count("the same command with --resume=true continues") == 1
         saved = int((out / "latest").read_text()[-7:])
         assert at - 3 <= saved < 60  # a few lines are evaluations
-        assert metrics(out) == metrics(runs / "undisturbed")[: lines_of(out)]
-        init_from = "resume"
-    train(data_folder, out, *LONG, "--init_from=resume")
+        assert metrics(out) == metrics(runs / "undisturbed")[:lines_of(out)]
+        same = [*LONG, "--save_every=999", "--resume=true"]
+    train(data_folder, out, *LONG, "--resume=true")
     same_numbers(out, runs / "undisturbed")
 
 
-# --- every process the same model ---------------------------------------------------------------------------------------
-
+# --- every process the same model -----------------------------------------------------------------
 
 @settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 7), st.integers(1, 2), st.integers(1, 30), st.booleans())
 def each_holds_its_rows_of_one_model(processes, copies, odd, untied):
-    """processes: that share a copy. What FSDP cuts from a whole model is what new weights are made of, process by process."""
+    """processes: that share a copy. What FSDP cuts from a whole model is what new weights are made
+    of, process by process."""
     cfg = ModelConfig(odd, 10, 1, 3, 1, 2, odd + 3, 64, qkv_bias=untied, tie_embeddings=not untied)
     whole = Transformer(cfg)
-    torch.manual_seed(5)
-    whole.init_weights()
+    parallel.init_weights(whole, seed=5)
     wanted = dict(whole.named_parameters())
     held = {name: [] for name in wanted}
     for place in range(processes * copies):
-        numbers = (
-            torch.arange(processes * copies) + dist.get_rank() - place
-        )  # this process in every place of the mesh
-        mesh = DeviceMesh(
-            "cpu", numbers.view(copies, processes), mesh_dim_names=("replicate", "shard")
-        )
+        # this process in every place of the mesh
+        numbers = torch.arange(processes * copies) + dist.get_rank() - place
+        mesh = DeviceMesh("cpu", numbers.view(copies, processes),
+                          mesh_dim_names=("replicate", "shard"))
         mesh = mesh if copies > 1 else mesh["shard"]
         cut = deepcopy(whole)
         with torch.device("meta"):
@@ -570,11 +456,10 @@ def each_holds_its_rows_of_one_model(processes, copies, odd, untied):
         for model in (cut, made):
             parallel.shard(model, mesh, torch.float32)
         made.to_empty(device="cpu")
-        torch.manual_seed(5)
-        made.init_weights()
+        parallel.init_weights(made, seed=5)
         for (name, p), q in zip(cut.named_parameters(), made.parameters()):
             assert torch.equal(p.to_local(), q.to_local()), name
-            mine, rows = my_rows(p)
+            mine, rows = parallel.my_rows(p)
             assert torch.equal(mine, wanted[name][rows]) and len(mine) == rows.stop - rows.start
             held[name] += range(rows.start, rows.stop)
     for name, rows in held.items():
@@ -590,8 +475,7 @@ def test_each_process_holds_its_rows_of_one_model_however_many_there_are():
         dist.destroy_process_group()
 
 
-# --- Adafactor ----------------------------------------------------------------------------------------------------------
-
+# --- Adafactor ------------------------------------------------------------------------------------
 
 def test_sharded_adafactor_is_adafactor(two, four):
     """To 1e-5 of a tensor's largest weight: sums of sums in float32."""
@@ -600,28 +484,20 @@ def test_sharded_adafactor_is_adafactor(two, four):
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=2), min_size=1, max_size=3),
-    st.integers(0, 2**31),
-    st.sampled_from([1e-3, 0.3, 2.0]),
-    st.sampled_from([0.0, 0.1]),
-    st.sampled_from([1e-8, 1.0, 1e4]),
-    st.booleans(),
-    st.sampled_from([-0.8, -0.5]),
-    st.sampled_from([1.0, 2.0]),
-)
-def test_adafactor_is_torch_optim_adafactor(
-    shapes, seed, lr, weight_decay, scale, zeros, beta2_decay, clip
-):
-    """To 1e-5 of the largest that a weight has been on its way: one that passes near 0 keeps the rounding of where it was."""
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=2), min_size=1, max_size=3),
+       st.integers(0, 2**31), st.sampled_from([1e-3, 0.3, 2.0]), st.sampled_from([0.0, 0.1]),
+       st.sampled_from([1e-8, 1.0, 1e4]), st.booleans(), st.sampled_from([-0.8, -0.5]),
+       st.sampled_from([1.0, 2.0]))
+def test_adafactor_is_torch_optim_adafactor(shapes, seed, lr, weight_decay, scale, zeros,
+                                            beta2_decay, clip):
+    """To 1e-5 of the largest that a weight has been on its way: one that passes near 0 keeps the
+    rounding of where it was."""
     draw = torch.Generator().manual_seed(seed)
     theirs = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
     ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs]
     same = {"lr": lr, "weight_decay": weight_decay, "beta2_decay": beta2_decay}
-    optimizers = (
-        torch.optim.Adafactor(theirs, d=clip, **same),
-        parallel.Adafactor(ours, clip=clip, **same),
-    )
+    optimizers = (torch.optim.Adafactor(theirs, d=clip, **same),
+                  parallel.Adafactor(ours, clip=clip, **same))
     largest = [p.detach().abs().max() for p in theirs]
     for _ in range(5):
         for p, q in zip(theirs, ours):
@@ -642,10 +518,8 @@ def test_an_absolute_learning_rate_is_torch_optim_adafactors_over_the_weights_si
     draw = torch.Generator().manual_seed(seed)
     theirs = torch.nn.Parameter(torch.randn(5, 4, generator=draw))
     ours = torch.nn.Parameter(theirs.detach().clone())
-    optimizer, mine = (
-        torch.optim.Adafactor([theirs]),
-        parallel.Adafactor([ours], lr=lr, relative=False),
-    )
+    optimizer = torch.optim.Adafactor([theirs])
+    mine = parallel.Adafactor([ours], lr=lr, relative=False)
     for _ in range(5):
         theirs.grad = torch.randn(5, 4, generator=draw)
         ours.grad = theirs.grad.clone()
@@ -655,42 +529,31 @@ def test_an_absolute_learning_rate_is_torch_optim_adafactors_over_the_weights_si
     assert (theirs - ours).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-# --- mistakes, a full disk ----------------------------------------------------------------------------------------------
-
+# --- mistakes, a full disk ------------------------------------------------------------------------
 
 def test_rows_that_cannot_be_dealt_out_name_a_batch_that_can(runs, two, four):
     for result in two["9 rows"]:
         assert result["error"] == (
-            "ValueError: batch_tokens=288 is 9 rows of context=32, which 2 processes cannot share "
-            "evenly; 1 can, and batch_tokens=256"
-        )
+            "Mistake: batch_tokens=288 is 9 rows of context=32, which 2 processes cannot share "
+            "evenly; 1 can, and batch_tokens=256")
     for result in four["1 row"]:
-        assert (
-            "which 4 processes cannot share evenly; 1 can, and batch_tokens=128" in result["error"]
-        )
+        says = "which 4 processes cannot share evenly; 1 can, and batch_tokens=128"
+        assert says in result["error"]
     assert not (runs / "nine rows").exists() and not (runs / "one row").exists()
 
 
-@pytest.mark.parametrize(
-    "processes, more, says",
-    [
-        (3, ["--shard_ranks=2"], "shard_ranks=2 must divide the number of processes, 3"),
-        (2, ["--shard_ranks=4"], "shard_ranks=4 must divide the number of processes, 2"),
-        (1, ["--shard_ranks=2"], "shard_ranks=2 must divide the number of processes, 1"),
-        (
-            2,
-            ["--device=mps"],
-            "2 processes need device=cuda or cpu: PyTorch has no collectives on mps",
-        ),
-    ],
-)
-def test_mistakes_in_the_number_of_processes_end_in_one_sentence(
-    data_folder, tmp_path, monkeypatch, processes, more, says
-):
+@pytest.mark.parametrize("processes, more, says", [
+    (3, ["--shard_ranks=2"], "shard_ranks=2 must divide the number of processes, 3"),
+    (2, ["--shard_ranks=4"], "shard_ranks=4 must divide the number of processes, 2"),
+    (1, ["--shard_ranks=2"], "shard_ranks=2 must divide the number of processes, 1"),
+    (2, ["--device=mps"], "2 processes need device=cuda or cpu: PyTorch has no collectives on mps"),
+])
+def test_mistakes_in_the_number_of_processes_end_in_a_one_line_message(
+        data_folder, tmp_path, monkeypatch, processes, more, says):
     """Found before a process waits for the others, so one is enough to see it."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(Mistake, match=says):
         train(data_folder, tmp_path / "run", "--device=cpu", *more)
     assert not (tmp_path / "run").exists() and not dist.is_initialized()
 
@@ -698,100 +561,74 @@ def test_mistakes_in_the_number_of_processes_end_in_one_sentence(
 def test_one_process_whose_disk_is_full_leaves_all_with_the_checkpoint_before(runs, two):
     """The second of two cannot write its part of the optimizer's state."""
     for result in two["full disk"]:
-        assert re.fullmatch(
-            r"OSError: could not save .*step_0000020: .*File too large.*; "
-            r"the last good checkpoint is .*step_0000010",
-            result["error"],
-        )
+        pattern = (r"OSError: could not save .*step_0000020: .*File too large.*; "
+                   r"the last good checkpoint is .*step_0000010")
+        assert re.fullmatch(pattern, result["error"])
 
 
 def test_the_writer_of_the_weights_with_a_full_disk_ends_the_run_with_the_checkpoint_before(
-    data_folder, runs, two, tmp_path
-):
-    """The first of two: the other one is left alone in the middle of the save, and must not wait for ever."""
+        data_folder, runs, two, tmp_path):
+    """The first of two: the other one is left alone in the middle of the save, and must not wait
+    for ever."""
     returned(two["undisturbed"])
     out = tmp_path / "run"
     shutil.copytree(runs / "undisturbed", out)
     (out / "latest").write_text("step_0000040")
     good = weights(out)
-    run = launch(
-        2,
-        "tests/ranks.py",
-        "full_disk",
-        "0",
-        str(len(good) // 2),
-        *TINY,
-        f"--data={data_folder}",
-        f"--out={out}",
-        *LONG,
-        "--save_every=1",
-        "--init_from=resume",
-    )
+    run = launch(2, "tests/ranks.py", "full_disk", 0, len(good) // 2, *TINY,
+                 f"--data={data_folder}", f"--out={out}", *LONG, "--save_every=1",
+                 "--resume=true")
     errors = run.communicate(timeout=60)[1]
     assert run.returncode == 1 and no_traceback_of_ours(errors), errors
-    assert re.search(
-        r"rank0\]: error: could not save .*step_0000041: .*File too large.*step_0000040$",
-        errors,
-        re.M,
-    ), errors
+    pattern = (r"rank0\]: error: could not save .*step_0000041: .*File too large.*"
+               r"step_0000040$")
+    assert re.search(pattern, errors, re.M), errors
     assert weights(out) == good and not list(out.glob("*.tmp"))
 
 
-# --- a large model --------------------------------------------------------------------------------------------------------
+# --- a large model --------------------------------------------------------------------------------
+
+SIZES = {"vocab_size": 40_000, "d_model": 2048, "n_layer": 14, "n_head": 16, "n_kv_head": 8,
+         "head_dim": 128, "d_ff": 9216, "context": 256}
+
+
+def write_large_model(data, folder):
+    """2 GB of bfloat16 weights in five files. Returns how many weights there are."""
+    tok, cfg = huggingface.load_tokenizer(data), ModelConfig(**SIZES, tie_embeddings=False)
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    shapes = {huggingface.tensor_name(n): p.shape for n, p in model.named_parameters()}
+    # large enough for every weight, each from another place of it
+    pool = torch.randn(2**27).bfloat16()
+    names, where = list(shapes), {}
+    folder.mkdir()
+    for i in range(5):
+        file, tensors = f"model-{i + 1:05d}-of-00005.safetensors", {}
+        for n, name in enumerate(names[i::5]):
+            values = pool[1000 * n + i:][:shapes[name].numel()]
+            tensors[name] = values.reshape(shapes[name]).clone()
+            where[name] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    write_json(folder / "model.safetensors.index.json", {"weight_map": where})
+    config = huggingface.to_hf_config(cfg, tok, Recipe("ar"), torch.bfloat16)
+    write_json(folder / "config.json", config)
+    tok.save(folder)
+    return sum(shape.numel() for shape in shapes.values())
 
 
 @pytest.mark.slow
 @needs_proc
 def test_a_process_reads_its_share_of_a_folder_without_ever_holding_the_whole(
-    data_folder, tmp_path
-):
-    """2 GB of bfloat16 weights in five files, held in float32 by two processes: at most 0.6 of them each, and 1 GB."""
-    tok, sizes = (
-        Tokenizer(data_folder),
-        {
-            "vocab_size": 40_000,
-            "d_model": 2048,
-            "n_layer": 14,
-            "n_head": 16,
-            "n_kv_head": 8,
-            "head_dim": 128,
-            "d_ff": 9216,
-            "context": 256,
-        },
-    )
+        data_folder, tmp_path):
+    """Held in float32 by two processes: at most 0.6 of it each, and 1 GB."""
     folder = tmp_path / "published"
-    folder.mkdir()
-    cfg = ModelConfig(**sizes, tie_embeddings=False)
-    with torch.device("meta"):
-        shapes = {
-            checkpoint.tensor_name(n): p.shape for n, p in Transformer(cfg).named_parameters()
-        }
-    pool = torch.randn(
-        2**27
-    ).bfloat16()  # large enough for every weight, each from another place of it
-    names, where = list(shapes), {}
-    for i in range(5):
-        file, tensors = f"model-{i + 1:05d}-of-00005.safetensors", {}
-        for n, name in enumerate(names[i::5]):
-            tensors[name] = (
-                pool[1000 * n + i :][: shapes[name].numel()].reshape(shapes[name]).clone()
-            )
-            where[name] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    checkpoint.write_json(folder / "model.safetensors.index.json", {"weight_map": where})
-    checkpoint.write_json(
-        folder / "config.json", checkpoint.to_hf_config(cfg, tok, Recipe("ar"), torch.bfloat16)
-    )
-    tok.save(folder)
-    del pool, tensors
-
-    job = ["peak_of_import", data_folder, tmp_path / "run", folder]
-    for rank, found in enumerate(returned(run_jobs(2, {"import": job}, tmp_path)["import"])):
-        on_disk = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-        print(
-            f"process {rank}: {on_disk / 1e9:.2f} GB of files, {found['model'] / 1e9:.2f} GB held by two processes, "
-            f"at most {found['peak'] / 1e9:.2f} GB private in this one, {found['seconds']:.0f} s"
-        )
-        assert on_disk > 2e9 and found["model"] == 4 * sum(s.numel() for s in shapes.values())
-        assert found["peak"] <= 0.6 * found["model"] + 1e9
+    parameters = write_large_model(data_folder, folder)
+    on_disk = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    results = run_jobs(2, {"import": ["peak_of_import", folder]}, tmp_path)["import"]
+    for rank, result in enumerate(returned(results)):
+        print(f"process {rank}: {on_disk / 1e9:.2f} GB of files, {result['model'] / 1e9:.2f} GB "
+              f"held by two processes, at most {result['peak'] / 1e9:.2f} GB private in this one, "
+              f"{result['seconds']:.0f} s")
+        assert on_disk > 2e9 and result["model"] == 4 * parameters
+        assert result["peak"] <= 0.6 * result["model"] + 1e9
     shutil.rmtree(folder)

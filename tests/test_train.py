@@ -1,69 +1,69 @@
-"""train.py from the outside: the same numbers however it is interrupted or split, and one sentence for every mistake."""
-
+"""train.py from the outside: the same numbers however it is interrupted or split, and a one-line
+message for every mistake."""
 import json
 import os
 import random
-import runpy
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, prepare
+from safetensors.torch import load_file, save_file
 
+import parallel
+import train as script
+from configurator import Mistake
 from loader import Windows
-from tokenizer import Tokenizer
 
 WALL_CLOCK = {"seconds", "tokens_per_s", "loader_seconds", "memory_gb", "mfu"}
-TINY = [
-    "--context=32",
-    "--batch_tokens=256",
-    "--micro_batch=4",
-    "--d_model=32",
-    "--n_layer=2",
-    "--n_head=2",
-    "--n_kv_head=1",
-    "--head_dim=16",
-    "--d_ff=48",
-    "--max_steps=24",
-    "--save_every=5",
-    "--eval_every=10",
-    "--eval_windows=6",
-    "--lr_warmup_steps=4",
-    "--threads=1",
-    "--eval_draws=2",
-]
+TINY = ["--context=32", "--batch_tokens=256", "--micro_batch=4", "--d_model=32", "--n_layer=2",
+        "--n_head=2", "--n_kv_head=1", "--head_dim=16", "--d_ff=48", "--max_steps=24",
+        "--save_every=5", "--eval_every=10", "--eval_windows=6", "--lr_warmup_steps=4",
+        "--threads=1", "--eval_draws=2"]
+
+
+def settings_of(data, out, *more):
+    return [*TINY, f"--data={data}", f"--out={out}", *map(str, more)]
 
 
 def command(data, out, *more):
-    return [sys.executable, "train.py", *TINY, f"--data={data}", f"--out={out}", *more]
+    return [sys.executable, "train.py", *settings_of(data, out, *more)]
 
 
 def train(data, out, *more):
-    """A run to its end, in this process: starting one costs more than these few steps."""
-    argv, handlers = sys.argv, {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = command(data, out, *more)[1:]
-    try:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    finally:
-        sys.argv, sys.excepthook = argv, sys.__excepthook__
-        torch.use_deterministic_algorithms(False)
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
+    """A run to its end, in this process: starting one costs more than these few steps.
+
+    Returns the exit code.
+    """
+    return script.main(settings_of(data, out, *more))
 
 
 def train_outside(data, out, *more, **kwargs):
-    return subprocess.run(
-        command(data, out, *more), cwd=ROOT, capture_output=True, text=True, **kwargs
-    )
+    return subprocess.run(command(data, out, *more), cwd=ROOT, capture_output=True, text=True,
+                          **kwargs)
+
+
+def refuse(constant):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def all_metrics(out):
+    """The lines of metrics.jsonl, by a parser that knows no NaN."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
 
 
 def metrics(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in m.items() if k not in WALL_CLOCK} for m in lines]
+    """What does not depend on the clock."""
+    return [{k: v for k, v in m.items() if k not in WALL_CLOCK} for m in all_metrics(out)]
 
 
 def weights(out):
@@ -73,239 +73,209 @@ def weights(out):
 OBJECTIVES = {
     "ar": ["--objective=ar"],
     "block": ["--objective=block", "--u_warmup_steps=12"],
-    "bidirectional": [
-        "--objective=bidirectional",
-        "--schedule=uniform",
-        "--strategies=((0.2,0.2,0.3),(0.3,0.3,0.5))",
-    ],
+    "bidirectional": ["--objective=bidirectional", "--schedule=uniform",
+                      "--strategies=((0.2,0.2,0.3),(0.3,0.3,0.5))"],
     "ar_diffusion": ["--objective=ar_diffusion", "--schedule=count", "--shift=true"],
 }
+SLOW = {name: pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES if name != "block"}
 
 
-@pytest.mark.parametrize(
-    "objective",
-    ["block", *(pytest.param(o, marks=pytest.mark.slow) for o in OBJECTIVES if o != "block")],
-)
+# --- interrupted ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("objective", ["block", *SLOW.values()])
 @pytest.mark.parametrize("dtype", ["auto", pytest.param("float32", marks=pytest.mark.slow)])
-def test_a_run_killed_anywhere_and_resumed_gives_the_same_bits(
-    data_folder, tmp_path, objective, dtype
-):
+def test_a_run_killed_anywhere_and_resumed_gives_the_same_bits(data_folder, tmp_path, objective,
+                                                               dtype):
     settings = [*OBJECTIVES[objective], f"--dtype={dtype}"]
     train(data_folder, tmp_path / "whole", *settings)
-    kill_at = [
-        random.Random(objective + dtype).randrange(9, 20),
-        22,
-    ]  # metric lines written before the kill; twice
+    killed = tmp_path / "killed"
+    # metric lines written before the kill; twice
+    kill_at = [random.Random(objective + dtype).randrange(9, 20), 22]
     for n, lines in enumerate(kill_at):
-        more = ["--init_from=resume"] if n else []
-        run = subprocess.Popen(
-            command(data_folder, tmp_path / "killed", *settings, *more),
-            cwd=ROOT,
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        file = tmp_path / "killed" / "metrics.jsonl"
-        while run.poll() is None and (not file.exists() or file.read_text().count("\n") < lines):
+        more = ["--resume=true"] if n else []
+        run = subprocess.Popen(command(data_folder, killed, *settings, *more), cwd=ROOT,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        file = killed / "metrics.jsonl"
+        while run.poll() is None:
+            if file.exists() and file.read_text().count("\n") >= lines:
+                break
             time.sleep(0.002)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    train(data_folder, tmp_path / "killed", *settings, "--init_from=resume")
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    train(data_folder, killed, *settings, "--resume=true")
+    assert metrics(killed) == metrics(tmp_path / "whole")
+    assert weights(killed) == weights(tmp_path / "whole")
+
+
+DEADLY = """
+import os, signal, sys
+import {module} as module
+real = module.{name}
+
+def deadly(*args, **kwargs):
+    latest = "{out}/latest"
+    saving_10 = os.path.exists(latest) and open(latest).read() == "step_0000005"
+    if saving_10 and "{name}" != "replace":
+        file = args[1] if hasattr(args[1], "write") else open(args[1], "wb")
+        file.write(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if saving_10 and "latest" in str(args[0]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+
+module.{name} = deadly
+import train
+sys.exit(train.main())
+"""
 
 
 @pytest.mark.parametrize("moment", ["safetensors.torch.save_file", "torch.save", "os.replace"])
 def test_killed_during_a_save_the_previous_checkpoint_is_intact(data_folder, tmp_path, moment):
-    """The n-th call of the function that a save is in the middle of kills the process, half of its work done."""
-    script = f"""
-import os, signal, sys, runpy, {moment.rsplit(".", 1)[0]} as module
-real, name = module.{moment.rsplit(".", 1)[1]}, "{moment.rsplit(".", 1)[1]}"
-def deadly(*a, **k):
-    latest = "{tmp_path}/run/latest"
-    saving_10 = os.path.exists(latest) and open(latest).read() == "step_0000005"
-    if saving_10 and (name != "replace" or "latest" in str(a[0])):
-        if name != "replace": (a[1] if hasattr(a[1], "write") else open(a[1], "wb")).write(b"half a file")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*a, **k)
-setattr(module, name, deadly)
-runpy.run_path("train.py", run_name="__main__")
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", script, *command(data_folder, tmp_path / "run")[2:]],
-        cwd=ROOT,
-        capture_output=True,
-    )
+    """The function that a save is in the middle of kills the process, half of its work done."""
+    module, _, name = moment.rpartition(".")
+    text = DEADLY.format(module=module, name=name, out=tmp_path / "run")
+    run = subprocess.run([sys.executable, "-c", text, *settings_of(data_folder, tmp_path / "run")],
+                         cwd=ROOT, capture_output=True)
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     assert (tmp_path / "run" / "latest").read_text() == "step_0000005"
-    train(data_folder, tmp_path / "run", "--init_from=resume")
+    train(data_folder, tmp_path / "run", "--resume=true")
     train(data_folder, tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-    assert not list((tmp_path / "run").glob("*.tmp")), (
-        "leftovers of the interrupted save were not cleared"
-    )
+    leftovers = list((tmp_path / "run").glob("*.tmp"))
+    assert not leftovers, "leftovers of the interrupted save were not cleared"
 
 
 def test_ctrl_c_leaves_a_usable_checkpoint(data_folder, tmp_path):
-    run = subprocess.Popen(
-        command(data_folder, tmp_path / "run", "--save_every=1000"),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    run = subprocess.Popen(command(data_folder, tmp_path / "run", "--save_every=1000"), cwd=ROOT,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while run.poll() is None and not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     printed, errors = run.communicate()
     assert run.returncode == 130 and "--resume=true" in printed and "Traceback" not in errors
-    train(data_folder, tmp_path / "run", "--init_from=resume")
+    train(data_folder, tmp_path / "run", "--resume=true")
     train(data_folder, tmp_path / "whole")
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
+IMPORTED = ["torch._utils", "torch.nn.functional", "tokenizers", "safetensors", "run"]
+
+
+@pytest.mark.parametrize("module", IMPORTED)
+def test_ctrl_c_while_it_starts_prints_no_traceback(data_folder, tmp_path, module):
+    """Interrupted as soon as this module has been imported."""
+    line = [sys.executable, "-X", "importtime", *command(data_folder, tmp_path / "run")[1:]]
+    run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+    for printed in run.stderr:
+        if printed.rpartition("|")[2].strip() == module:
+            break
+    else:
+        pytest.fail(f"{module} is no longer imported")
+    run.send_signal(signal.SIGINT)
+    rest, errors = run.communicate()
+    said = [text for text in errors.splitlines() if not text.startswith("import time:")]
+    assert run.returncode == 130 and said[-1] == "stopped" and "Traceback" not in errors
+    assert not (tmp_path / "run").exists() and rest == ""
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
 def test_accumulation_changes_nothing_but_rounding(data_folder, tmp_path):
     for name, rows in (("one", 8), ("many", 1)):
-        train(
-            data_folder,
-            tmp_path / name,
-            f"--micro_batch={rows}",
-            "--dtype=float32",
-            "--eval_every=0",
-        )
-    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many")):
+        train(data_folder, tmp_path / name, f"--micro_batch={rows}", "--dtype=float32",
+              "--eval_every=0")
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)  # 24 steps let float32 rounding grow
         assert a["mask_rate"] == b["mask_rate"]
 
 
 CHANGING = [
-    "--seed=2",
-    "--shift=true",
-    "--block_size=2",
-    "--schedule=count",
-    "--antithetic=false",
-    "--u_warmup_steps=3",
-    "--u_warmup_steps=3 --u_init=0.9",
-    "--schedule=uniform",
-    "--schedule=uniform --t_min=0.9",
-    "--objective=bidirectional",
-    "--objective=ar_diffusion",
-    "--objective=ar",
-    "--rope_theta=100",
-    "--norm_eps=0.1",
-    "--qkv_bias=true",
-    "--qk_norm=true",
-    "--tie_embeddings=false",
-    "--lr=0.1",
-    "--min_lr=0.1",
-    "--lr_warmup_steps=0",
-    "--weight_decay=9",
-    "--beta1=0.1",
-    "--beta2=0.1",
-    "--grad_clip=0.01",
-    "--batch_tokens=128",
-    "--d_ff=40",
-    "--objective=bidirectional --schedule=uniform --strategies=((0,0,1),)",
+    "--seed=2", "--shift=true", "--block_size=2", "--schedule=count", "--antithetic=false",
+    "--u_warmup_steps=3", "--u_warmup_steps=3 --u_init=0.9", "--schedule=uniform",
+    "--schedule=uniform --t_min=0.9", "--objective=bidirectional", "--objective=ar_diffusion",
+    "--objective=ar", "--rope_theta=100", "--norm_eps=0.1", "--qkv_bias=true", "--qk_norm=true",
+    "--tie_embeddings=false", "--lr=0.1", "--min_lr=0.1", "--lr_warmup_steps=0",
+    "--weight_decay=9", "--beta1=0.1", "--beta2=0.1", "--grad_clip=0.01", "--batch_tokens=128",
+    "--d_ff=40", "--objective=bidirectional --schedule=uniform --strategies=((0,0,1),)",
     "--objective=bidirectional --anneal_steps=9",
 ]
 
 
 def test_every_setting_that_should_change_the_numbers_does(data_folder, tmp_path):
     """A setting that never reached what it sets would leave two of these runs alike."""
-    found = {}
+    settings_by_weights = {}
     for n, more in enumerate(["", *CHANGING]):
-        train(
-            data_folder,
-            tmp_path / str(n),
-            "--max_steps=3",
-            "--lr_warmup_steps=1",
-            "--eval_every=0",
-            "--dtype=float32",
-            *more.split(),
-        )
-        found.setdefault(weights(tmp_path / str(n)), []).append(more)
-    assert [alike for alike in found.values() if len(alike) > 1] == []
+        train(data_folder, tmp_path / str(n), "--max_steps=3", "--lr_warmup_steps=1",
+              "--eval_every=0", "--dtype=float32", *more.split())
+        settings_by_weights.setdefault(weights(tmp_path / str(n)), []).append(more)
+    assert [alike for alike in settings_by_weights.values() if len(alike) > 1] == []
+
+
+def test_the_largest_seeds_give_different_numbers(data_folder, tmp_path):
+    """As float64, which a list of numbers becomes in numpy, they would all be 2^63."""
+    losses, rates = set(), set()
+    for seed in (2**63 - 1, 2**63 - 2, 2**63 - 3):
+        train(data_folder, tmp_path / str(seed), "--max_steps=1", "--eval_every=0",
+              "--schedule=uniform", f"--seed={seed}")
+        line, = metrics(tmp_path / str(seed))
+        losses.add(line["loss"])
+        rates.add(line["mask_rate"])
+    assert len(losses) == 3 and len(rates) > 1
 
 
 def test_documents_see_each_other_only_where_asked_for(data_folder, tmp_path):
     for name in ("true", "false"):
-        train(
-            data_folder,
-            tmp_path / name,
-            f"--cross_document={name}",
-            "--context=512",
-            "--batch_tokens=65536",
-            "--micro_batch=64",
-            "--max_steps=1",
-            "--eval_every=0",
-        )
+        train(data_folder, tmp_path / name, f"--cross_document={name}", "--context=512",
+              "--batch_tokens=65536", "--micro_batch=64", "--max_steps=1", "--eval_every=0")
     assert weights(tmp_path / "true") != weights(tmp_path / "false")
 
 
 def test_annealing_begins_as_causal_attention_and_ends_as_bidirectional(data_folder, tmp_path):
+    objectives = {"causal": ["--objective=ar_diffusion"],
+                  "annealed": ["--objective=bidirectional", "--anneal_steps=9"],
+                  "open": ["--objective=bidirectional"]}
     loss = {}
-    for name, more in (
-        ("causal", ["--objective=ar_diffusion"]),
-        ("annealed", ["--objective=bidirectional", "--anneal_steps=9"]),
-        ("open", ["--objective=bidirectional"]),
-    ):
-        train(
-            data_folder,
-            tmp_path / name,
-            "--max_steps=1",
-            "--eval_every=0",
-            "--schedule=uniform",
-            "--dtype=float32",
-            *more,
-        )
+    for name, more in objectives.items():
+        train(data_folder, tmp_path / name, "--max_steps=1", "--eval_every=0",
+              "--schedule=uniform", "--dtype=float32", *more)
         loss[name] = metrics(tmp_path / name)[0]["loss"]
-    assert loss["annealed"] == pytest.approx(loss["causal"], rel=1e-6) and loss[
-        "annealed"
-    ] != pytest.approx(loss["open"], rel=1e-6)
+    assert loss["annealed"] == pytest.approx(loss["causal"], rel=1e-6)
+    assert loss["annealed"] != pytest.approx(loss["open"], rel=1e-6)
 
 
 def test_the_curriculum_follows_the_epochs_of_the_data(data_folder, tmp_path):
     """S1 only in the second epoch: the same numbers before it, others from its first step on."""
     losses = []
     for name, strategies in (("plain", "((0,0,0),)"), ("later", "((0,0,0),(1,0,0))")):
-        train(
-            data_folder,
-            tmp_path / name,
-            "--objective=bidirectional",
-            "--schedule=uniform",
-            f"--strategies={strategies}",
-            "--batch_tokens=65536",
-            "--context=256",
-            "--micro_batch=64",
-            "--max_steps=4",
-            "--eval_every=0",
-            "--dtype=float32",
-        )
+        train(data_folder, tmp_path / name, "--objective=bidirectional", "--schedule=uniform",
+              f"--strategies={strategies}", "--batch_tokens=65536", "--context=256",
+              "--micro_batch=64", "--max_steps=4", "--eval_every=0", "--dtype=float32")
         losses.append([m["loss"] for m in metrics(tmp_path / name)])
-    rows = Windows(data_folder, "train", 256, Tokenizer(data_folder).vocab_size)
-    first_of_second = len(rows) // 256  # the step in which the second epoch begins
+    windows = Windows(data_folder, "train", 256, vocabulary(data_folder))
+    first_of_second = len(windows) // 256  # the step in which the second epoch begins
     assert 0 < first_of_second < 4, "the corpus no longer suits this test"
-    assert losses[0][:first_of_second] == losses[1][:first_of_second]
-    assert all(a != b for a, b in zip(losses[0][first_of_second:], losses[1][first_of_second:]))
+    plain, later = losses
+    assert plain[:first_of_second] == later[:first_of_second]
+    pairs = zip(plain[first_of_second:], later[first_of_second:], strict=True)
+    assert all(a != b for a, b in pairs)
+
+
+def vocabulary(data):
+    return script.huggingface.load_tokenizer(data).vocab_size
 
 
 def test_the_linear_schedule_is_a_line_and_adafactor_trains(data_folder, tmp_path):
-    train(
-        data_folder,
-        tmp_path / "run",
-        "--lr_decay=linear",
-        "--lr=0.004",
-        "--min_lr=0.001",
-        "--optimizer=adafactor",
-        "--eval_every=0",
-    )
+    train(data_folder, tmp_path / "run", "--lr_decay=linear", "--lr=0.004", "--min_lr=0.001",
+          "--optimizer=adafactor", "--eval_every=0")
     lines = metrics(tmp_path / "run")
     rates = [m["lr"] for m in lines[4:]]  # after the warmup
     assert rates == pytest.approx([0.004 - 0.003 * i / 20 for i in range(20)], rel=1e-9)
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_an_adafactor_run_goes_on_with_the_same_bits(data_folder, tmp_path):
+def test_an_adafactor_run_continues_with_the_same_bits(data_folder, tmp_path):
     same = ["--optimizer=adafactor", "--lr_decay=linear", "--lr=0.001", "--min_lr=0.001"]
     train(data_folder, tmp_path / "whole", *same, "--max_steps=10")
     for steps in (5, 10):
@@ -314,84 +284,83 @@ def test_an_adafactor_run_goes_on_with_the_same_bits(data_folder, tmp_path):
 
 
 def test_metrics_go_where_they_are_asked_to_and_a_missing_package_is_named(
-    data_folder, tmp_path, monkeypatch
-):
+        data_folder, tmp_path, monkeypatch):
     shown = []
-    writer = SimpleNamespace(
-        SummaryWriter=lambda folder: SimpleNamespace(add_scalar=lambda *a: shown.append(a))
-    )
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    writer = SimpleNamespace(add_scalar=lambda *values: shown.append(values))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        SimpleNamespace(SummaryWriter=lambda folder: writer))
     train(data_folder, tmp_path / "run", "--max_steps=3", "--log=tensorboard")
-    assert [(name, step) for name, _, step in shown if name == "loss"] == [
-        ("loss", 0),
-        ("loss", 1),
-        ("loss", 2),
-    ]
-    assert [value for name, value, _ in shown if name == "loss"] == [
-        m["loss"] for m in metrics(tmp_path / "run") if "loss" in m
-    ]
+    losses = [(value, step) for name, value, step in shown if name == "loss"]
+    assert [step for _, step in losses] == [0, 1, 2]
+    logged = [m["loss"] for m in metrics(tmp_path / "run") if "loss" in m]
+    assert [value for value, _ in losses] == logged
     for name, module in (("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")):
         monkeypatch.setitem(sys.modules, module, None)  # importing it now fails
-        with pytest.raises(ValueError, match=f"pip install {name}"):
+        with pytest.raises(Mistake, match=f"pip install {name}"):
             train(data_folder, tmp_path / name, "--max_steps=3", f"--log={name}")
 
 
 def test_flops_and_loader_seconds_are_in_the_metrics(data_folder, tmp_path):
-    train(
-        data_folder,
-        tmp_path / "run",
-        "--max_steps=2",
-        "--eval_every=0",
-        "--objective=block",
-        "--peak_tflops=0.001",
-    )
-    for m in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+    train(data_folder, tmp_path / "run", "--max_steps=2", "--eval_every=0", "--objective=block",
+          "--peak_tflops=0.001")
+    lines = all_metrics(tmp_path / "run")
+    assert len(lines) == 2
+    for m in lines:
         assert 0 <= m["loader_seconds"] < m["seconds"] and m["memory_gb"] > 0
-        # 2 layers, d 32, 2 + 2·1 heads of 16 either way, d_ff 48; 512 positions; the head for the masked ones among 320 ids
+        # 2 layers, d 32, 2 + 2·1 heads of 16 either way, d_ff 48; 512 positions;
+        # the head for the masked ones among 320 ids
         matrices = 6 * 512 * 2 * (32 * 16 * 6 + 3 * 32 * 48)
-        assert (
-            0
-            < m["mfu"] * m["seconds"] * 1e9 - matrices
-            < 12 * 2 * 2 * 16 * 2 * 256 * 32 + 6 * 256 * 32 * 320
-        )
+        most = 12 * 2 * 2 * 16 * 2 * 256 * 32 + 6 * 256 * 32 * 320
+        assert 0 < m["mfu"] * m["seconds"] * 1e9 - matrices < most
+
+
+COMPILED = """
+import sys, torch
+sys.path.insert(0, "tests")
+from pathlib import Path
+from test_train import train
+data, folder = map(Path, sys.argv[1:])
+for name in ("first", "second"):
+    torch._dynamo.reset()
+    train(data, folder / name, "--compile=true", "--dtype=float32")
+"""
 
 
 @pytest.mark.slow
 def test_compiled_runs_give_the_same_bits_and_the_eager_loss(data_folder, tmp_path):
-    for name in ("first", "second"):
-        train(data_folder, tmp_path / name, "--compile=true", "--dtype=float32")
+    """In a process of their own: they turn PyTorch's deterministic algorithms on for good."""
+    line = [sys.executable, "-c", COMPILED, str(data_folder), str(tmp_path)]
+    subprocess.run(line, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
     train(data_folder, tmp_path / "eager", "--dtype=float32")
-    for a, b in zip(metrics(tmp_path / "first"), metrics(tmp_path / "eager")):
+    for a, b in zip(metrics(tmp_path / "first"), metrics(tmp_path / "eager"), strict=True):
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-3)
 
 
-def test_one_command_starts_a_run_and_goes_on_with_it(data_folder, tmp_path):
-    """What a scheduler repeats: the run's own checkpoint comes before init_from, where there is one."""
+# --- begun and resumed ----------------------------------------------------------------------------
+
+def test_one_command_starts_a_run_and_continues_it(data_folder, tmp_path, capsys):
+    """What a scheduler repeats: the run's own checkpoint, if there is one, beats init_from."""
     train(data_folder, tmp_path / "start", "--max_steps=5")
-    same = [
-        f"--init_from={tmp_path / 'start'}",
-        "--resume=true",
-        "--lr_decay=linear",
-        "--lr=0.001",
-        "--min_lr=0.001",
-    ]
+    same = [f"--init_from={tmp_path / 'start'}", "--resume=true", "--lr_decay=linear",
+            "--lr=0.001", "--min_lr=0.001"]
     train(data_folder, tmp_path / "whole", *same)
     for steps in (10, 24):
         train(data_folder, tmp_path / "twice", *same, f"--max_steps={steps}")
-    steps = [[m for m in metrics(tmp_path / name) if "loss" in m] for name in ("whole", "twice")]
-    assert steps[0] == steps[1]
-    with pytest.raises(SystemExit):  # it is done
-        train(data_folder, tmp_path / "whole", *same)
+    whole, twice = ([m for m in metrics(tmp_path / name) if "loss" in m]
+                    for name in ("whole", "twice"))
+    assert whole == twice
+    capsys.readouterr()
+    assert train(data_folder, tmp_path / "whole", *same) == 0
+    assert "its 24 steps are done" in capsys.readouterr().out
 
 
 def test_a_finished_run_has_nothing_to_resume(data_folder, tmp_path, capsys):
     train(data_folder, tmp_path / "run", "--max_steps=5")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert json.loads(before.splitlines()[-1])["val_tokens"] > 0  # it ended with an evaluation
-    with pytest.raises(SystemExit) as end:
-        train(data_folder, tmp_path / "run", "--max_steps=5", "--init_from=resume")
-    assert end.value.code == 0 and "its 5 steps are done" in capsys.readouterr().out
+    assert train(data_folder, tmp_path / "run", "--max_steps=5", "--resume=true") == 0
+    assert "its 5 steps are done" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -399,30 +368,69 @@ def test_block_diffusion_continues_from_autoregressive_weights(data_folder, tmp_
     train(data_folder, tmp_path / "ar", "--objective=ar", "--lr=0.01", "--max_steps=40")
     train(data_folder, tmp_path / "block", f"--init_from={tmp_path / 'ar'}", "--objective=block")
     train(data_folder, tmp_path / "fresh", "--objective=block")
-    last = {
-        name: [m for m in metrics(tmp_path / name) if "val_nelbo" in m][-1]["val_nelbo"]
-        for name in ("block", "fresh")
-    }
+    last = {}
+    for name in ("block", "fresh"):
+        scores = [m["val_nelbo"] for m in metrics(tmp_path / name) if "val_nelbo" in m]
+        last[name] = scores[-1]
     assert last["block"] < last["fresh"]
 
 
+# --- numbers that are not finite, full disks ------------------------------------------------------
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-    data_folder, tmp_path
-):
+        data_folder, tmp_path):
     train(data_folder, tmp_path / "run", "--max_steps=5")
     good = weights(tmp_path / "run")
-    run = train_outside(
-        data_folder,
-        tmp_path / "run",
-        "--init_from=resume",
-        "--lr=1e30",
-        "--grad_clip=1e30",
-        "--weight_decay=0",
-    )
+    run = train_outside(data_folder, tmp_path / "run", "--resume=true", "--lr=1e6",
+                        "--grad_clip=1e9", "--weight_decay=1e3")
     error = run.stderr.splitlines()[-1]
     assert run.returncode == 1 and "Traceback" not in run.stderr
     assert error.startswith("error: step ") and "step_0000005" in error
     assert weights(tmp_path / "run") == good
+    assert len(all_metrics(tmp_path / "run")) >= 5
+
+
+def folder_with_a_large_unused_row(data, folder):
+    """A checkpoint whose embedding has a row that no token reads: it overflows unnoticed."""
+    train(data, folder / "start", "--max_steps=1", "--eval_every=0", "--tie_embeddings=false",
+          f"--vocab_size={vocabulary(data) + 1}")
+    path = folder / "start" / "step_0000001" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][-1] = 1e30
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder / "start"
+
+
+def test_weights_that_overflow_in_the_last_update_are_not_saved(data_folder, tmp_path):
+    """Loss and gradients are finite: nothing else would notice."""
+    start = folder_with_a_large_unused_row(data_folder, tmp_path)
+    with pytest.raises(Mistake, match="weights' norm is inf.*not saved.*no checkpoint had been"):
+        train(data_folder, tmp_path / "run", f"--init_from={start}", "--max_steps=1",
+              "--eval_every=0", "--lr=1e6", "--lr_warmup_steps=0", "--weight_decay=1e3")
+    line, = all_metrics(tmp_path / "run")
+    assert all(value is not None for name, value in line.items() if name != "mfu")
+    assert not list((tmp_path / "run").glob("step_*"))
+    assert not (tmp_path / "run" / "latest").exists()
+
+
+FLOATS = [f.name for f in fields(script.Config) if float in (f.type, *get_args(f.type))]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_settings_are_finite_on_the_command_line_and_in_a_file(data_folder, tmp_path, name):
+    for text in ("1e999", "-1e999", "nan", "inf", "-inf"):
+        with pytest.raises(Mistake, match=f"{name}=.* does not fit: {name} is a float from"):
+            train(data_folder, tmp_path / "run", f"--{name}={text}")
+        (tmp_path / "config.py").write_text(f"{name} = float({text!r})")
+        with pytest.raises(Mistake, match=f"{name}=.* does not fit: {name} is a float from"):
+            train(data_folder, tmp_path / "run", tmp_path / "config.py")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_settings_that_are_numbers_have_bounds():
+    assert len(FLOATS) > 15
+    for f in fields(script.Config):
+        assert f.type not in (int, float), f.name
 
 
 def test_a_disk_that_fills_up_while_saving_loses_nothing(data_folder, tmp_path):
@@ -430,94 +438,147 @@ def test_a_disk_that_fills_up_while_saving_loses_nothing(data_folder, tmp_path):
     train(data_folder, tmp_path / "run", "--max_steps=5")
     good = weights(tmp_path / "run")
     limit = len(good) // 2  # no file may grow larger: writing the weights fails half way
-    run = train_outside(
-        data_folder,
-        tmp_path / "run",
-        "--init_from=resume",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    run = train_outside(data_folder, tmp_path / "run", "--resume=true", preexec_fn=limit_files)
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
     assert "could not save" in run.stderr and "step_0000005" in run.stderr.splitlines()[-1]
     assert weights(tmp_path / "run") == good and not list((tmp_path / "run").glob("*.tmp"))
 
 
-@pytest.mark.parametrize(
-    "more, says",
-    [
-        (["--data=/nowhere"], "no tokenizer at /nowhere"),
-        (["--n_head=3", "--n_kv_head=2"], "n_kv_head=2 must divide n_head=3"),
-        (["--batch_tokens=100"], "multiple of context=32, such as 96"),
-        (["--context=100000000", "--batch_tokens=100000000"], "context=100000000 is longer than"),
-        (["--objectve=ar"], "did you mean 'objective'"),
-        (["--max_steps=many"], "max_steps='many' does not fit: max_steps is an int"),
-        (["--objective=arr"], "objective is one of ar, bidirectional"),
-        (["--objective=ar", "--shift=false"], "shift=False is not possible"),
-        (["--objective=block", "--strategies=((0.1,0.1,0.1),)"], "need objective='bidirectional'"),
-        (["--lr=-1"], "lr=-1.0 must be above 0"),
-        (["--beta1=1.5"], "beta1=1.5 must be in"),
-        (["--eval_draws=1"], "eval_draws=1 must be 2 or more"),
-        (["--anneal_steps=5"], "anneal_steps=5 needs objective='bidirectional'"),
-        (["--init_from=/nowhere"], "no checkpoint in /nowhere"),
-        (["--init_from=resume"], "no checkpoint in"),
-        (["--bos_token=<|begin|>"], "documents begin with 0 in"),
-        (["--device=cuda"], "device='cuda' is not available"),
-    ],
-)
-def test_mistakes_end_in_one_sentence(data_folder, tmp_path, more, says):
+# --- mistakes -------------------------------------------------------------------------------------
+
+HUGE = f"1{'0' * 20}"
+MISTAKES = [
+    ("--data=/nowhere", "/nowhere"),
+    ("--n_head=3 --n_kv_head=2", "n_kv_head=2 must divide n_head=3"),
+    ("--batch_tokens=100", "multiple of context=32, such as 96"),
+    ("--context=10000000 --batch_tokens=10000000", "context=10000000 is longer than"),
+    ("--context=100000000 --batch_tokens=100000000", "context is an int from 2 to 16,777,216"),
+    ("--objectve=ar", "did you mean 'objective'"),
+    ("--max_steps=many", "max_steps='many' does not fit: max_steps is an int"),
+    ("--objective=arr", "objective is one of ar, bidirectional"),
+    ("--objective=ar --shift=false", "shift=False is not possible"),
+    ("--objective=block --strategies=((0.1,0.1,0.1),)", "need objective='bidirectional'"),
+    ("--lr=-1", "lr=-1 does not fit: lr is a float from 1e-12"),
+    ("--beta1=1.5", "beta1=1.5 does not fit: beta1 is a float from 0 to 0.999999"),
+    ("--eval_draws=1", "eval_draws=1 does not fit: eval_draws is an int from 2"),
+    ("--anneal_steps=5", "anneal_steps=5 needs objective='bidirectional'"),
+    ("--init_from=/nowhere", "no checkpoint in /nowhere"),
+    ("--init_from=resume", "no checkpoint in resume"),
+    ("--bos_token=<|begin|>", "documents begin with 0 in"),
+    ("--device=cuda", "device='cuda' is not available"),
+    ("--context=0", "context=0 does not fit: context is an int from 2"),
+    ("--context=1", "context=1 does not fit: context is an int from 2"),
+    ("--batch_tokens=0", "batch_tokens=0 does not fit"),
+    ("--micro_batch=0", "micro_batch=0 does not fit"),
+    ("--vocab_size=10", "vocab_size=10 is less than the 320 ids of the tokenizer"),
+    (f"--block_size={HUGE}", "block_size=100000000000000000000 does not fit"),
+    (f"--block_size={HUGE}0", "block_size=about 2^69 does not fit"),
+    ("--block_size=0", "block_size=0 does not fit"),
+    (f"--d_model={HUGE}", "d_model=100000000000000000000 does not fit"),
+    (f"--vocab_size={HUGE}", "vocab_size=100000000000000000000 does not fit"),
+    (f"--batch_tokens={HUGE}", "batch_tokens=100000000000000000000 does not fit"),
+    (f"--max_steps={HUGE}", "max_steps=100000000000000000000 does not fit"),
+    ("--d_model=131072 --n_layer=1000", "a smaller --d_model, --n_layer"),
+    ("--vocab_size=16777216 --d_model=131072", "a smaller --d_model, --n_layer"),
+    (f"--seed={2**70}", "seed=about 2^70 does not fit: seed is an int from 0"),
+    (f"--seed={2**63}", "seed=9223372036854775808 does not fit: seed is an int from 0"),
+    ("--seed=-1", "seed=-1 does not fit"),
+    ("--rope_theta=0", "rope_theta=0 does not fit: rope_theta is a float from 1"),
+    ("--norm_eps=-1", "norm_eps=-1 does not fit: norm_eps is a float from"),
+    ("--data=", "data='' does not fit: data is a text that is not empty"),
+    ("--init_from=", "init_from='' does not fit"),
+]
+
+
+@pytest.mark.parametrize("more, says", MISTAKES)
+def test_mistakes_end_in_a_one_line_message(data_folder, tmp_path, more, says):
     if "--device=cuda" in more and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises((ValueError, OSError), match=says.replace("(", r"\(")) as error:
-        train(data_folder, tmp_path / "run", *more)
+    with pytest.raises((Mistake, OSError), match=re.escape(says)) as error:
+        train(data_folder, tmp_path / "run", *more.split())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_output_folder_is_refused(data_folder, tmp_path, monkeypatch):
+    """It would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Mistake, match="out='' does not fit: out is a text that is not empty"):
+        train(data_folder, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_the_model_is_built(
+        data_folder, tmp_path, monkeypatch):
+    def build(*_):
+        raise AssertionError("the model is being built")
+
+    monkeypatch.setattr(parallel, "build", build)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("not a folder")
+    for out in ("README.md", "README.md/run", tmp_path / "README.md"):
+        with pytest.raises(Mistake, match="cannot be a folder: .*README.md is a file"):
+            train(data_folder, out)
+    assert (tmp_path / "README.md").read_text() == "not a folder"
 
 
 def test_an_output_folder_that_cannot_be_written_ends_before_training(data_folder, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     run = train_outside(data_folder, tmp_path / "file" / "run")
-    assert (
-        run.returncode == 1 and "Traceback" not in run.stderr and run.stderr.startswith("error: ")
-    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.startswith("error: ")
 
 
 def test_a_finished_run_is_not_overwritten_and_foreign_or_damaged_checkpoints_are_refused(
-    data_folder, tmp_path
-):
-    train(data_folder, tmp_path / "run", "--max_steps=5")
-    with pytest.raises(ValueError, match="already holds a run"):
-        train(data_folder, tmp_path / "run")
-    with pytest.raises(ValueError, match="seed=5 but the run in .* has seed=1337"):
-        train(data_folder, tmp_path / "run", "--init_from=resume", "--seed=5")
-    with pytest.raises(ValueError, match="objective=ar but the run in"):
-        train(data_folder, tmp_path / "run", "--init_from=resume", "--objective=ar")
-    with pytest.raises(ValueError, match="n_layer=3 was asked for"):
-        train(data_folder, tmp_path / "new", f"--init_from={tmp_path / 'run'}", "--n_layer=3")
+        data_folder, tmp_path):
+    run = tmp_path / "run"
+    train(data_folder, run, "--max_steps=5")
+    with pytest.raises(Mistake, match="already holds a run"):
+        train(data_folder, run)
+    with pytest.raises(Mistake, match="seed=5 but the run in .* has seed=1337"):
+        train(data_folder, run, "--resume=true", "--seed=5")
+    with pytest.raises(Mistake, match="objective=ar but the run in"):
+        train(data_folder, run, "--resume=true", "--objective=ar")
+    with pytest.raises(Mistake, match="n_layer=3 was asked for"):
+        train(data_folder, tmp_path / "new", f"--init_from={run}", "--n_layer=3")
 
-    other = tmp_path / "other_data"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "data.stdlib.prepare",
-            f"--source={ROOT}",
-            f"--out={other}",
-            "--vocab_size=300",
-            "--val_percent=30",
-        ],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    with pytest.raises(ValueError, match="another tokenizer"):
-        train(other, tmp_path / "new", f"--init_from={tmp_path / 'run'}")
+    other = prepare(ROOT, tmp_path / "other_data", "--vocab_size=300", "--val_percent=30")
+    with pytest.raises(Mistake, match="another tokenizer"):
+        train(other, tmp_path / "new", f"--init_from={run}")
 
-    checkpoint = tmp_path / "run" / "step_0000005"
+    checkpoint = run / "step_0000005"
     for name in ("model.safetensors", "state/optimizer/.metadata", "config.json"):
         whole = (checkpoint / name).read_bytes()
         os.truncate(checkpoint / name, len(whole) // 2)
-        with pytest.raises((ValueError, OSError), match="damaged"):
-            train(data_folder, tmp_path / "run", "--init_from=resume")
+        with pytest.raises((Mistake, OSError), match="damaged|not readable JSON"):
+            train(data_folder, run, "--resume=true")
         (checkpoint / name).unlink()
-        with pytest.raises((ValueError, OSError), match="missing|no checkpoint"):
-            train(data_folder, tmp_path / "run", "--init_from=resume")
+        with pytest.raises((Mistake, OSError), match="missing|no checkpoint"):
+            train(data_folder, run, "--resume=true")
         (checkpoint / name).write_bytes(whole)
+
+
+def test_a_run_does_not_continue_on_other_data(data_folder, tmp_path):
+    """Prepared anew, even with the same sizes; the same data elsewhere is the same data."""
+    data = tmp_path / "data"
+    shutil.copytree(data_folder, data)
+    train(data, tmp_path / "run", "--max_steps=5")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for name in ("train_000.bin", "val_000.bin"):
+        file = next(iter(sorted(data.glob(name[:3] + "*.bin"))))
+        whole = file.read_bytes()
+        file.write_bytes(whole[:40] + whole[42:44] + whole[42:])
+        assert file.stat().st_size == len(whole)
+        with pytest.raises(Mistake, match="is not what the run in .* was trained on.*anew"):
+            train(data, tmp_path / "run", "--resume=true")
+        file.write_bytes(whole)
+    shutil.rmtree(data)
+    prepare(data_folder.parent / "source", data, "--vocab_size=320", "--val_percent=50")
+    with pytest.raises(Mistake, match="is not what the run in .* was trained on.*anew"):
+        train(data, tmp_path / "run", "--resume=true")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert train(data_folder, tmp_path / "run", "--resume=true", "--max_steps=7") == 0

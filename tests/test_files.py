@@ -1,0 +1,164 @@
+"""files.py: what is written is there as a whole or not at all; what is read may be anything."""
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import files
+from configurator import Mistake
+
+posix = pytest.mark.skipif(os.name != "posix", reason="permissions, signals and links of POSIX")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=30))
+@example(b"[" * 200_000)
+@example(b'{"a":' * 100_000)
+@example(b"9" * 10_000)
+@example(b"\xef\xbb\xbf{}")
+@example(b'{"a": NaN}')
+def test_any_bytes_are_a_dict_or_a_mistake_that_names_the_file(tmp_path, content):
+    path = tmp_path / "some.json"
+    path.write_bytes(content)
+    try:
+        assert isinstance(files.read_json(path), dict)
+    except Mistake as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "5", '"{}"', "true", ""])
+def test_json_that_is_no_object_is_refused(tmp_path, text):
+    (tmp_path / "some.json").write_text(text)
+    with pytest.raises(Mistake, match="some.json (holds a|is not readable JSON)"):
+        files.read_json(tmp_path / "some.json")
+
+
+def test_a_missing_file_and_one_that_is_not_utf8_are_named(tmp_path):
+    with pytest.raises(Mistake, match="none.txt is missing"):
+        files.read_text(tmp_path / "none.txt")
+    (tmp_path / "bytes.txt").write_bytes(b"abc\xff")
+    with pytest.raises(Mistake, match="bytes.txt is not UTF-8 text: .* at byte 3"):
+        files.read_text(tmp_path / "bytes.txt")
+    with pytest.raises((Mistake, OSError)):
+        files.read_text(tmp_path)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+                       st.none() | st.integers() | st.booleans() | st.floats(allow_nan=False,
+                                                                            allow_infinity=False)
+                       | st.text(st.characters(exclude_categories=["Cs"]), max_size=5)))
+def test_what_is_written_is_read_again(tmp_path, value):
+    files.write_json(tmp_path / "value.json", value)
+    assert files.read_json(tmp_path / "value.json") == value
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("-inf")]}])
+def test_json_has_no_nan_and_the_file_before_stays(tmp_path, value):
+    files.write_json(tmp_path / "value.json", {"a": 1})
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "value.json", value)
+    assert json.loads((tmp_path / "value.json").read_text()) == {"a": 1}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_file_before_and_no_other(tmp_path, monkeypatch, name):
+    path = tmp_path / "file.txt"
+    files.write_text(path, "before")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, name, full)
+        with pytest.raises(OSError):
+            files.write_text(path, "after")
+    assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+@posix
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_kill_leaves_the_file_before_or_the_one_after(tmp_path, moment):
+    path = tmp_path / "file.txt"
+    path.write_text("before")
+    text = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import files
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+os.{moment} = kill
+files.write_text({str(path)!r}, "after" * 1000)
+"""
+    killed = subprocess.run([sys.executable, "-c", text], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_text() == "before"
+
+
+@posix
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """The order of fsync and rename, of a file and of a folder: what a power cut depends on."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(fd):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        fsync(fd)
+
+    def renamed(source, target):
+        done.append(f"renamed to {os.path.basename(target)}")
+        replace(source, target)
+
+    if not os.path.exists("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(files.os, "fsync", synced)
+    monkeypatch.setattr(files.os, "replace", renamed)
+    files.write_text(tmp_path / "latest", "step_1")
+    assert len(done) == 3 and done[0].startswith(".latest.") and done[0].endswith(".tmp")
+    assert done[1:] == ["renamed to latest", tmp_path.name]
+
+    done.clear()
+    aside = files.fresh_folder(tmp_path / "step_1")
+    (aside / "state").mkdir()
+    (aside / "state" / "b").write_text("b")
+    (aside / "a").write_text("a")
+    files.move_folder(aside, tmp_path / "step_1")
+    at = done.index("renamed to step_1")
+    assert sorted(done[:at]) == sorted(["a", "b", "state", aside.name])
+    assert done[at + 1:] == [tmp_path.name]
+
+
+@posix
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
+def test_a_fresh_folder_has_the_usual_permissions(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        folder = files.fresh_folder(tmp_path / "deep" / "run")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == mode
+    assert folder.parent == tmp_path / "deep" and list(folder.iterdir()) == []
+    assert folder != files.fresh_folder(tmp_path / "deep" / "run")
+
+
+def test_a_folder_is_not_moved_over_another(tmp_path):
+    """Whoever moves makes room first: see checkpoint.discard."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("mine")
+    aside = files.fresh_folder(tmp_path / "there")
+    (aside / "new").write_text("new")
+    with pytest.raises(OSError):
+        files.move_folder(aside, tmp_path / "there")
+    assert (tmp_path / "there" / "mine").read_text() == "mine"

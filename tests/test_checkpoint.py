@@ -135,7 +135,7 @@ def test_metrics_are_cut_back_to_the_step_and_a_half_written_line_goes(tmp_path)
     checkpoint.cut_metrics(tmp_path / "none.jsonl", 4)  # a run that never wrote any
 
 
-# --- pruning removes what `save` made, and nothing else ---------------------------------------------
+# --- pruning removes what `save` made, and nothing else -------------------------------------------
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_files_are_on_the_disk_before_the_folder_and_latest_get_their_names(
     assert str(tmp_path / "run") in synced
 
 
-# --- what strangers wrote into state/ runs no code --------------------------------------------------
+# --- what strangers wrote into state/ runs no code ------------------------------------------------
 
 
 class Evil:

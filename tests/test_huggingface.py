@@ -1,5 +1,8 @@
-"""Hugging Face folders in and out: written by transformers, read here and written back, nothing changes a bit; both give
-the same logits; a folder says what it is, or is asked by name for what it does not say.
+"""Hugging Face folders in and out.
+
+Written by transformers, read here and written back, not a bit changes, and both give the same
+logits. A folder says what it is; what it does not say is asked for by name. Whatever stands in its
+files, it is read or refused with a one-line message.
 """
 
 import fnmatch
@@ -61,8 +64,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Two float32 programs add the same numbers in another order: 1e-6 of the largest logit was seen. One query that sees one key
-# more or fewer, or a rotary base that is 1% off, is 1e-3 and more.
+# Two float32 programs add the same numbers in another order: 1e-6 of the largest logit was seen.
+# One query that sees one key more or fewer, or a rotary base that is 1% off, is 1e-3 and more.
 TOLERANCE = 1e-4
 
 
@@ -78,7 +81,7 @@ def no_network(monkeypatch, tmp_path):
     )
 
 
-# --- folders as they are published ------------------------------------------------------------------------------------
+# --- folders as they are published ----------------------------------------------------------------
 
 
 def write_tokenizer(folder, specials=QWEN, **names):
@@ -138,7 +141,8 @@ def as_before_transformers_5(folder):
     )
 
 
-# What Dream, CoDA and SDAR bring along, reduced to what is theirs: the attention, the classes they are loaded with, the output.
+# The code in Dream's, CoDA's and SDAR's folders, reduced to what is their own: the attention, the
+# classes they are loaded with, the output.
 OWN_CODE = {
     "Dream": """
 class Config(Qwen2Config):
@@ -149,7 +153,8 @@ class Model(Qwen2ForCausalLM):
 
     def forward(self, input_ids, attention_mask=None, **kwargs):
         B, T = input_ids.shape
-        return super().forward(input_ids, attention_mask=torch.zeros(B, 1, T, T, dtype=self.dtype), **kwargs)
+        mask = torch.zeros(B, 1, T, T, dtype=self.dtype)
+        return super().forward(input_ids, attention_mask=mask, **kwargs)
 """,
     "CoDA": """
 class Config(PretrainedConfig):
@@ -182,7 +187,8 @@ class Attention(Qwen3Attention):
         k = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask.bool(), enable_gqa=True)
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention_mask.bool(), enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 class Model(Qwen3ForCausalLM):
@@ -204,14 +210,15 @@ class Model(Qwen3ForCausalLM):
 }
 IMPORTS = """import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import (PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM,
+                          Qwen3Config, Qwen3ForCausalLM, Qwen3Model)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
 """
 
 
 def write_with_own_code(folder, name):
-    """A folder laid out as the published ones of this model_type: its own code, its config.json's gaps."""
+    """A folder laid out as the published ones of this model_type: own code, gaps in config.json."""
     write(
         folder,
         "qwen2" if name == "Dream" else "qwen3",
@@ -237,7 +244,7 @@ def write_with_own_code(folder, name):
 
 
 def write_stable_diffcoder(folder):
-    """Its model_type is Seed-Coder's, llama; the mask's name stands beside tokenizer_config.json."""
+    """Its model_type is Seed-Coder's, llama; the older file has the name of its mask."""
     write(folder, "llama", names={"specials": [*QWEN, "[MASK]"]})
     change(folder / "config.json", architectures=["StableDiffcoderForCausalLM"])
     change(folder / "tokenizer_config.json", drop=("eos_token", "pad_token"))
@@ -296,7 +303,7 @@ def command(monkeypatch):
     return run
 
 
-# --- import, export, import -------------------------------------------------------------------------------------------
+# --- import, export, import -----------------------------------------------------------------------
 
 
 def tensors(folder):
@@ -487,7 +494,7 @@ def test_a_folders_own_code_is_never_run_but_by_verify(folders, tmp_path, comman
     )  # an export has none: Qwen2's layers
 
 
-# --- the same logits --------------------------------------------------------------------------------------------------
+# --- the same logits ------------------------------------------------------------------------------
 
 
 def weights_of(model):
@@ -517,7 +524,7 @@ def logits_of(model, tokens, block_size):
 
 
 def additive(B, T, block_size):
-    """The mask that transformers adds to the scores, (B, 1, T, T), written down independently of Spans."""
+    """The mask that transformers adds to the scores, (B, 1, T, T), written without Spans."""
     mask = torch.zeros(T, T)
     for i in range(T):
         for j in range(T):
@@ -566,7 +573,7 @@ def test_every_size_in_config_json_is_heeded(tmp_path, family, config):
     )
 
 
-# --- verify -----------------------------------------------------------------------------------------------------------
+# --- verify ---------------------------------------------------------------------------------------
 
 TRUST = "--trust_remote_code=true"
 OBJECTIVES = [
@@ -892,7 +899,7 @@ def test_the_commands_from_outside(folders, tmp_path):
     )
 
 
-# --- what a folder says of itself, and what must be asked -------------------------------------------------------------
+# --- what a folder says of itself, and what must be asked -----------------------------------------
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 OURS = LLAMA | {"objective": "block", "shift": True, "block_size": 8}
@@ -1022,7 +1029,7 @@ def test_embeddings_are_tied_exactly_where_config_json_does_not_say_and_no_head_
             assert huggingface.load(folder)[0].cfg.tie_embeddings == tied
 
 
-# --- one sentence for what cannot be ----------------------------------------------------------------------------------
+# --- one sentence for what cannot be --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1264,7 +1271,7 @@ def test_a_command_that_is_none_says_which_are(command, words):
         command(huggingface.main, *words)
 
 
-# --- importing, and files of strangers ----------------------------------------------------------
+# --- importing, and files of strangers ------------------------------------------------------------
 
 
 def test_importing_it_loads_neither_torchs_distributed_checkpoints_nor_its_compiler():
@@ -1441,7 +1448,7 @@ def test_a_checkpoint_that_is_removed_between_latest_and_its_folder_is_looked_up
     assert huggingface.find(run_folder).name == "step_0000002"
 
 
-# --- export: nothing of anybody's is removed, and nothing is left behind ------------------------
+# --- export: nothing of anybody's is removed, and nothing is left behind --------------------------
 
 
 def test_an_export_leaves_other_peoples_folders_alone(folders, tmp_path, command):
@@ -1483,7 +1490,7 @@ def test_exported_files_have_the_permissions_that_the_umask_says(folders, tmp_pa
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-# --- whatever stands in its files, a folder is read or refused with a one-line message ----------
+# --- whatever stands in its files, a folder is read or refused with a one-line message ------------
 
 JUNK = st.sampled_from(
     [
@@ -1642,7 +1649,7 @@ def test_a_folder_with_anything_in_its_files_is_read_or_refused(small_run, data)
         path.write_text(before)
 
 
-# --- sampling and training from a folder ------------------------------------------------------------------------------
+# --- sampling and training from a folder ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -1688,7 +1695,7 @@ def test_sample_writes_with_each_folder_as_its_objective_has_it(
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_rows_that_pad_the_embedding_are_never_drawn(folders, command, drawn, name):
-    """At this temperature a draw is nearly uniform over the model's 512 rows, of which the tokenizer has some 300."""
+    """At this temperature a draw is nearly uniform over 512 rows; the tokenizer has some 300."""
     _, words, (*_, mask) = PUBLISHED[name]
     command(
         sample.main,

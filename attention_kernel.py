@@ -74,8 +74,7 @@ def older_than_ampere():
 
 def say_if_tiled(device_type, dtype, head_dim):
     """Print one line on stderr, once, where the PyTorch path serves."""
-    why = why_tiled(device_type, dtype, head_dim)
-    if why:
+    if why := why_tiled(device_type, dtype, head_dim):
         say_once(f"attention: PyTorch tiles, since {why}")
 
 
@@ -108,9 +107,8 @@ def tiled_attention(q, k, v, spans):
 
 
 def grouped_attention(q, k, v, mask):
-    """SDPA where n_head / n_kv_head query heads share a key head.
+    """SDPA of query heads that share a key head: they become more query rows, K and V stay.
 
-    The group becomes more query rows, so K and V stay as they are.
     q: (B, n_head, Q, head_dim). k, v: (B, n_kv_head, L, head_dim). mask: (B, 1, Q, L) bool or None.
     """
     B, n_head, Q, head_dim = q.shape
@@ -182,9 +180,8 @@ def clean_at(is_clean, T, NOISY: tl.constexpr):
 def interval(bounds, i, T, start_row, end_row, STEP: tl.constexpr):
     """What positions i see, between two rows of `bounds`, and how to loop over it by STEP.
 
-    Returns start, end (len(i),): position r sees [start_r, end_r).
-    Returns loop_from, inside_from, inside_to, loop_to: steps go from loop_from to loop_to. Those
-    from inside_from to before inside_to lie inside, where nothing has to be compared.
+    start, end (len(i),): position r sees [start_r, end_r). Steps go from loop_from to loop_to;
+    those from inside_from to before inside_to lie inside, where nothing has to be compared.
     """
     real = i < T
     start = tl.load(bounds + start_row * T + i, mask=real, other=0)
@@ -200,9 +197,9 @@ def interval(bounds, i, T, start_row, end_row, STEP: tl.constexpr):
 @jit
 def key_rows(own, noisy):
     """Between which rows of `bounds` a query's keys lie: noisy ones (own = 1) or clean ones."""
-    start_row = tl.where(own == 1, BLOCK_START, DOC_START)
-    clean_past = (own == 0) & (noisy == 1)
-    end_row = tl.where(clean_past, BLOCK_START, BLOCK_END)
+    # arithmetic: with tl.where, as in query_rows, the forward kernel spilled registers
+    start_row = own * BLOCK_START + (1 - own) * DOC_START
+    end_row = BLOCK_END - (1 - own) * noisy * (BLOCK_END - BLOCK_START)
     return start_row, end_row
 
 
@@ -401,10 +398,8 @@ def tuned(kernel):
 
 def small_for_float32(configs, arguments, **_):
     """Large tiles of float32 (IEEE, not TF32: no matrix unit) spill, and compile for minutes."""
-    if arguments["Q"].dtype != torch.float32:
-        return configs
     small = [c for c in configs if c.kwargs["M"] * c.kwargs["N"] <= 32 * 64]
-    return small or configs
+    return small if small and arguments["Q"].dtype == torch.float32 else configs
 
 
 def launch(kernel, side, tensors, bounds, strided, noisy):

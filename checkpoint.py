@@ -168,7 +168,7 @@ PICKLED = {  # (module, name) of all that a .metadata of ours refers to
         "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
-    ("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "int64"),
+    ("torch", "Size"), ("torch", "float32"),
     *((module, name) for module in ("pathlib", "pathlib._local")
       for name in ("Path", "PosixPath", "WindowsPath")),
 }

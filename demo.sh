@@ -22,4 +22,6 @@ say "3/4 block diffusion, continued from it (config/toy.py)"
 "$PY" train.py config/toy.py --resume=true
 say "4/4 how they did"
 "$PY" -m experiments.toy_report
-say "done in $((SECONDS - begun)) s; next: source .venv/bin/activate; python sample.py --prompt \"def area(\""
+say "done in $((SECONDS - begun)) s; the plot is out/toy/loss.png. Next, let it write:
+   source .venv/bin/activate
+   python sample.py --prompt \"def area(\" --temperature=0.7"

@@ -84,8 +84,8 @@ class Recipe:
     def check_strategies(self):
         if not self.strategies or not all(map(is_triple_of_rates, self.strategies)):
             raise Mistake(f"strategies={shortened(self.strategies)} must be one triple (S1, S2, "
-                          "S3) of rates per epoch, such as ((0.01, 0.01, 0.05), (0.05, 0.05, 0.1)), "
-                          "with S1 + S2 and S3 at most 1")
+                          "S3) of rates per epoch, such as ((0.01, 0.01, 0.05), (0.05, 0.05, "
+                          "0.1)), with S1 + S2 and S3 at most 1")
         if not any(map(any, self.strategies)):
             return
         if self.objective != "bidirectional" or self.schedule != "uniform":
@@ -344,13 +344,16 @@ def token_losses(model, noised, recipe, step=None):
     step: of the training, where attention is being annealed; None: it no longer is.
     """
     tokens = noised.xt
+    queries = noised.xt.shape[1]
     if recipe.objective == "block":
         tokens = torch.cat([noised.xt, noised.x0], 1)  # (B, 2T)
-    hidden = model(tokens, spans_for(recipe, noised.doc_start, noised.doc_end, step))
+        if recipe.shift:
+            queries = tokens.shape[1]  # the first token of a block is read in the clean half
+    spans = spans_for(recipe, noised.doc_start, noised.doc_end, step)
     row, i = noised.masked.nonzero(as_tuple=True)
-    read = row * tokens.shape[1] + read_at(recipe, noised.doc_start)[row, i]  # (N,)
-    scored = hidden.flatten(0, 1).index_select(0, read)  # (N, d_model)
-    return model.token_loss(scored, noised.x0[row, i])
+    read = row * queries + read_at(recipe, noised.doc_start)[row, i]  # (N,)
+    hidden = model(tokens, spans, queries=queries, read=read)  # (N, d_model)
+    return model.token_loss(hidden, noised.x0[row, i])
 
 
 def weighted_loss(model, noised, recipe, step=None):

@@ -26,7 +26,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -36,133 +36,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from configurator import Int, Mistake, Name, check_type, configure, shortened
-from diffusion import Recipe
+from configurator import Int, Mistake, Name, configure, shortened
+from families import ASKED, from_hf_config, recipe_of, to_hf_config
 from files import fresh_folder, move_folder, read_json, read_text, sync, umask, write_json
-from model import ModelConfig, Transformer
+from model import Transformer
 from tokenizer import Tokenizer, cut_at
 
 FILE_BYTES = 5 * 10**9  # largest file of weights
-
-# our name for a size -> Hugging Face's
-HF_NAMES = {
-    "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
-    "d_ff": "intermediate_size", "context": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta", "tie_embeddings": "tie_word_embeddings"}
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM"}
-# architecture or model_type in a config.json -> (whose layers it has, objective, shift, block_size)
-# What config.json says under these names, as our own folders do, and what the user says come first.
-MODEL_TYPES = {
-    "StableDiffcoderForCausalLM": ("llama", "block", False, 4),  # its model_type is llama
-    "llama": ("llama", "ar", True, 1),  # Seed-Coder
-    "qwen2": ("qwen2", "ar", True, 1),  # Qwen2.5-Coder
-    "qwen3": ("qwen3", "ar", True, 1),
-    "Dream": ("qwen2", "bidirectional", True, 1),  # Dream, DiffuCoder
-    "CoDA": ("qwen3", "bidirectional", True, 1),
-    "sdar": ("qwen3", "block", False, None),  # published with several block sizes
-}
-OBJECTIVE = Literal["ar", "bidirectional", "ar_diffusion", "block"]
-ASKED = {"objective": OBJECTIVE, "shift": bool, "block_size": Int(1, 2**16)}
-
-
-# --- config.json ----------------------------------------------------------------------------------
-
-def to_hf_config(cfg, tok, recipe, dtype):
-    """config.json of a model, as a dict: Hugging Face's keys, and ours for the objective."""
-    model_type = "llama"
-    if cfg.qkv_bias:
-        model_type = "qwen2"
-    if cfg.qk_norm:
-        model_type = "qwen3"
-    hf = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
-    for ours, theirs in HF_NAMES.items():
-        hf[theirs] = getattr(cfg, ours)
-    return hf | {
-        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},  # transformers 5
-        "hidden_act": "silu", "initializer_range": 0.02,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id,
-        "pad_token_id": tok.pad_id, "mask_token_id": tok.mask_id,
-        "objective": recipe.objective, "shift": recipe.shift, "block_size": recipe.block_size}
-
-
-def family_of(hf):
-    """The row of MODEL_TYPES of a config.json (a dict). Raises Mistake for an unknown family."""
-    architectures = hf.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise Mistake(f"architectures={shortened(architectures)} in config.json is not a list")
-    for name in (*architectures, hf.get("model_type")):
-        if isinstance(name, str) and name in MODEL_TYPES:
-            return MODEL_TYPES[name]
-    raise Mistake(f"model_type={shortened(hf.get('model_type'))} in config.json is not one of "
-                  f"{', '.join(MODEL_TYPES)}")
-
-
-def from_hf_config(hf):
-    """The ModelConfig that a config.json (a dict) describes. Raises Mistake for what we lack."""
-    layout = family_of(hf)[0]
-    hf = {key: value for key, value in hf.items() if value is not None}
-    hf["rope_theta"] = rope_theta_of(hf)
-    supported = {"hidden_act": "silu", "use_sliding_window": False, "mlp_bias": False,
-                 "attention_bias": layout == "qwen2"}
-    for key, allowed in supported.items():
-        if hf.get(key, allowed) != allowed:
-            raise Mistake(f"{key}={shortened(hf[key])} in config.json is not supported: "
-                          f"only {allowed!r} is")
-    if "quantization_config" in hf:
-        raise Mistake("quantization_config in config.json is not supported: quantized weights are "
-                      "not read")
-    kinds = {f.name: f.type for f in fields(ModelConfig)}
-    heads = hf.get("num_attention_heads")
-    if "head_dim" not in hf and heads:
-        width = check_type("hidden_size", hf.get("hidden_size"), kinds["d_model"])
-        hf["head_dim"] = width // check_type("num_attention_heads", heads, kinds["n_head"])
-    hf.setdefault("num_key_value_heads", heads)
-    missing = [name for name in HF_NAMES.values() if hf.get(name) is None]
-    if missing:
-        raise Mistake(f"config.json does not say {', '.join(missing)}")
-    sizes = {}
-    for ours, theirs in HF_NAMES.items():
-        sizes[ours] = check_type(f"config.json's {theirs}", hf[theirs], kinds[ours])
-    return ModelConfig(**sizes, qkv_bias=layout == "qwen2", qk_norm=layout == "qwen3")
-
-
-def rope_theta_of(hf):
-    """The base of the rotary embedding, where config.json has put it over the years."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise Mistake(f"rope_parameters={shortened(rope)} in config.json is not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))  # "type" before transformers 4.43
-    if kind != "default":
-        raise Mistake(f"rope_type={shortened(kind)} in config.json is not supported: "
-                      "only 'default' is")
-    return rope.get("rope_theta", hf.get("rope_theta", 1e4))
-
-
-def recipe_of(hf, tok, objective=None, shift=None, block_size=None):
-    """The Recipe of a folder: as asked for, else as its config.json says, else by its model_type.
-
-    hf: config.json's dict. Another objective than the folder's takes nothing else from it.
-    Raises Mistake for what nobody says and for values that do not fit.
-    """
-    told = dict(zip(ASKED, family_of(hf)[1:]))
-    for key, kind in ASKED.items():
-        if hf.get(key) is not None:
-            told[key] = check_type(f"config.json's {key}", hf[key], kind)
-    if objective not in (None, told["objective"]):
-        told = {"shift": None, "block_size": None if objective == "block" else 1}
-    for key, value in (("objective", objective), ("shift", shift), ("block_size", block_size)):
-        if value is not None:
-            told[key] = check_type(key, value, ASKED[key])
-    if told["block_size"] is None:
-        raise Mistake("objective='block' needs a block_size, which config.json does not say: "
-                      "give --block_size, such as 4")
-    if told["objective"] != "ar" and tok.mask_id is None:
-        raise Mistake(f"objective={told['objective']!r} needs a mask token, and the tokenizer in "
-                      f"{tok.folder} names none: say which with --mask_token")
-    return Recipe(**told, mask_id=tok.mask_id)
 
 
 # --- the tokenizer's files ------------------------------------------------------------------------
@@ -259,8 +139,10 @@ def find(path):
         return latest_of(path)
     if (path / "config.json").is_file():
         return path
-    raise Mistake(f"no checkpoint in {path}: it has neither `latest` nor config.json; "
-                  "`bash demo.sh` trains two, out/toy_ar and out/toy")
+    why = f"no checkpoint in {path}: it has neither `latest` nor config.json"
+    if list(path.glob("step_*")):
+        raise Mistake(f"{why}; {steps_in_words(path)}")
+    raise Mistake(f"{why}; `bash demo.sh` trains two, out/toy_ar and out/toy")
 
 
 def latest_of(run):
@@ -333,11 +215,11 @@ def load(folder, device="cpu", dtype=torch.float32, mask_token="", **asked):
     foreign folder. A run may be training: if it removes the checkpoint, the next one is read.
     """
     for _ in range(5):
-        found = find(folder)
+        place = find(folder)
         try:
-            return load_folder(found, device, dtype, mask_token, asked)
+            return load_folder(place, device, dtype, mask_token, asked)
         except (Mistake, OSError):
-            if found.is_dir() or found == Path(folder):
+            if place.is_dir() or place == Path(folder):
                 raise
     raise Mistake(f"the checkpoints of {folder} are removed faster than they can be read: copy "
                   "one and name the copy")
@@ -349,7 +231,10 @@ def load_folder(folder, device, dtype, mask_token, asked):
     check_weights(folder, cfg)
     with torch.device("meta"):  # shapes alone
         model = Transformer(cfg)
-    model.to(dtype).to_empty(device=device)
+    # not model.to_empty(): of a meta tensor, that imports sympy for 0.5 s
+    memory = {name: torch.empty(p.shape, dtype=dtype, device=device)
+              for name, p in model.named_parameters()}
+    model.load_state_dict(memory, assign=True)
     load_weights(folder, model)
     return model, tok, recipe
 
@@ -536,11 +421,12 @@ class Config:
     folder: Name = "out"  # a run, a checkpoint, or a name on the Hub: the word after the command
     to: str = ""  # export: the folder to write
     dtype: Literal["float32", "bfloat16"] = "float32"  # export: of the weights; verify: of both
-    objective: OBJECTIVE | None = None  # none: as the folder says
+    objective: ASKED["objective"] | None = None  # none: as the folder says
     shift: bool | None = None  # none: as the folder says
-    block_size: Int(1, 2**16) | None = None  # K; none: as the folder says
+    block_size: ASKED["block_size"] | None = None  # K; none: as the folder says
     mask_token: str = ""  # the mask's name, where the folder does not say
     tokens: Int(2, 2**20) = 64  # verify: length of the random texts
+    trust_remote_code: bool = False  # verify: run the Python files that the folder brings
 
 
 def export(cfg, model, tok, recipe):
@@ -569,66 +455,22 @@ def export(cfg, model, tok, recipe):
 
 def main(argv=None):
     """`verify FOLDER`, with exit status 1 for a difference, or `export FOLDER --to=FOLDER`."""
-    commands = {"verify": verify, "export": export}
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or "--help" in words or "-h" in words:
         configure(Config, ["--help"], "verify|export FOLDER")
-    if words[0] not in commands or len(words) < 2 or words[1].startswith("--"):
+    if words[0] not in ("verify", "export") or len(words) < 2 or words[1].startswith("--"):
         raise Mistake(f"{' '.join(words)!r} is incomplete: `python huggingface.py verify FOLDER` "
                       "and `python huggingface.py export FOLDER --to=FOLDER` are the commands")
     cfg, _ = configure(Config, [f"--folder={words[1]}", *words[2:]])
-    dtype = torch.float32 if words[0] == "export" else getattr(torch, cfg.dtype)
-    loaded = load(cfg.folder, "cpu", dtype, cfg.mask_token, objective=cfg.objective,
-                  shift=cfg.shift, block_size=cfg.block_size)
-    same = commands[words[0]](cfg, *loaded)
-    sys.exit(1 if same is False else 0)
-
-
-# --- verify ---------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def verify(cfg, model, tok, recipe):
-    """Our logits beside those of the folder's own code, run by `transformers`, on two random texts. Returns whether they agree.
-
-    That code is the folder's or transformers'; one of its own is only run for a folder that brings it (trust_remote_code).
-    Both see the same attention, the objective's: causal, the whole text, or blocks of K after blocks of K.
-    """
-    import transformers
-
-    from attention_kernel import Spans
-    folder = find(cfg.folder)
-    hf = read_json(folder / "config.json")
-    auto = hf.get("auto_map", {})
-    if not 2 <= cfg.tokens <= model.cfg.context:
-        raise ValueError(f"tokens={cfg.tokens} must be from 2 to the model's context of {model.cfg.context}")
-    if hf["model_type"] in ("Dream", "CoDA") and recipe.objective != "bidirectional":
-        raise ValueError(f"the code of a {hf['model_type']} folder sees the whole text: objective={recipe.objective!r} is not "
-                         "what it does")
-    loader = getattr(transformers, "AutoModel" if auto and "AutoModelForCausalLM" not in auto else "AutoModelForCausalLM")
-    theirs = loader.from_pretrained(folder, trust_remote_code=bool(auto), dtype=getattr(torch, cfg.dtype)).eval()
-
-    tokens = torch.randint(tok.vocab_size, (2, cfg.tokens), generator=torch.Generator().manual_seed(0))
-    start = torch.zeros(tokens.shape, dtype=torch.int32)
-    block_size = {"ar": 1, "ar_diffusion": 1, "bidirectional": None, "block": recipe.block_size}[recipe.objective]
-    spans = Spans.of(start, start + cfg.tokens, block_size)
-    ours = model.logits(model(tokens, spans))
-    sees = spans.dense_mask()  # (2, T, T)
-    if hf["model_type"] in ARCHITECTURES:  # transformers' own classes add a mask of 0 and the lowest number
-        lowest = torch.finfo(theirs.dtype).min
-        mask = {"attention_mask": torch.zeros(sees.shape, dtype=theirs.dtype).masked_fill(~sees, lowest)[:, None]}
-    elif hf["model_type"] == "sdar":  # has no mask of its own, and takes the blocks' as it is
-        mask = {"attention_mask": sees[:, None]}
-    else:  # Dream and CoDA let every token see the whole text
-        mask = {}
-    found = theirs(tokens, **mask)
-    found = (found[0] if isinstance(found, tuple) else found.logits).float()
-    error = (ours - found).abs().max().item() / found.abs().max().item()
-    same = (ours.argmax(-1) == found.argmax(-1)).float().mean().item()
-    limit = {"float32": 1e-4, "bfloat16": 0.1}[cfg.dtype]
-    print(f"{folder}: {type(theirs).__name__} in {cfg.dtype}, {recipe.objective}; largest difference of two logits "
-          f"{error:.1e} of the largest logit (limit {limit:.0e}), the same first choice at {same:.1%} of the tokens")
-    return error <= limit
+    asked = {"objective": cfg.objective, "shift": cfg.shift, "block_size": cfg.block_size}
+    if words[0] == "export":
+        export(cfg, *load(cfg.folder, "cpu", torch.float32, cfg.mask_token, **asked))
+        return 0
+    from verify import check_own_code, verify  # here, since it needs this file
+    check_own_code(cfg)  # before the weights are loaded, which takes minutes
+    loaded = load(cfg.folder, "cpu", getattr(torch, cfg.dtype), cfg.mask_token, **asked)
+    return 0 if verify(cfg, *loaded) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

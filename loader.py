@@ -148,17 +148,23 @@ def open_shards(folder, split, vocab_size):
 
 def token_dtype(folder, vocab_size):
     """uint16 or uint32, as prepare.py chose by its vocabulary, which must be within the model's."""
-    path = Path(folder) / "meta.json"
-    if not path.is_file():
-        raise Mistake(f"no meta.json in {folder}: its preparation did not finish; run it again")
-    prepared = read_json(path).get("vocab_size")
+    prepared = read_meta(folder).get("vocab_size")
     if type(prepared) is not int or not 1 <= prepared <= 2**31:
-        raise Mistake(f"{path} is damaged: its vocab_size is {shortened(prepared)}, not an int "
-                      "from 1 to 2^31; prepare the data again")
+        raise Mistake(f"{folder}/meta.json is damaged: its vocab_size is {shortened(prepared)}, "
+                      "not an int from 1 to 2^31; prepare the data again")
     if prepared > vocab_size:  # a smaller one is fine: a model may have added a <mask>
         raise Mistake(f"{folder} was prepared with a vocabulary of {prepared}, "
                       f"the model has one of {vocab_size}")
     return np.uint16 if prepared <= 2**16 else np.uint32
+
+
+def read_meta(folder):
+    """What prepare.py wrote last, a dict."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        raise Mistake(f"no meta.json in {folder}: nothing was prepared there, or its preparation "
+                      f"did not finish; `python -m data.stdlib.prepare --out={folder}` prepares it")
+    return read_json(path)
 
 
 def read_offsets(path, tokens):
@@ -185,7 +191,7 @@ def fingerprint(folder):
     """
     folder = Path(folder)
     digest = hashlib.sha256()
-    meta = read_json(folder / "meta.json")
+    meta = read_meta(folder)
     for key in ("out", "source", "tokenizer"):  # names of folders
         meta.pop(key, None)
     digest.update(json.dumps(meta, sort_keys=True).encode())

@@ -81,21 +81,24 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
             self.k_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
 
-    def forward(self, x, spans, angles, cached=None, read=None):
-        B, S, _ = x.shape
-        heads = (B, S, -1, self.cfg.head_dim)
-        q = self.q_proj(x).view(heads)
-        k = self.k_proj(x).view(heads)
-        v = self.v_proj(x).view(heads)
+    def forward(self, x, spans, angles, cached=None, queries=None, read=None):
+        q = self.heads(self.q_proj(x[:, :queries]))  # (B, n_head, queries or S, head_dim)
+        k = self.heads(self.k_proj(x))  # (B, n_kv_head, S, head_dim)
+        v = self.heads(self.v_proj(x))
         if self.cfg.qk_norm:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, S, head_dim)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        cos, sin = angles  # (B, 1, S, head_dim/2)
+        q = rotate(q, cos[:, :, :queries], sin[:, :, :queries])
+        k = rotate(k, cos, sin)
         if cached is not None:
             k, v = cached(k, v)  # (B, n_kv_head, cache length + S, head_dim)
-        out = attention(q, k, v, spans)  # (B, n_head, S, head_dim)
-        out = out.transpose(1, 2).reshape(B, S, -1)
+        out = attention(q, k, v, spans)  # (B, n_head, queries or S, head_dim)
+        out = out.transpose(1, 2).flatten(2)  # (B, queries or S, n_head · head_dim)
         return self.o_proj(rows(out, read))
+
+    def heads(self, x):
+        """(B, S, heads · head_dim) -> (B, heads, S, head_dim)"""
+        return x.unflatten(2, (-1, self.cfg.head_dim)).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -119,9 +122,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x, spans, angles, cached=None, read=None):
-        attended = self.self_attn(self.input_layernorm(x), spans, angles, cached, read)
-        x = rows(x, read) + attended
+    def forward(self, x, spans, angles, cached=None, queries=None, read=None):
+        """x: (B, S, d_model). queries, read: see Transformer.forward; for the last block."""
+        attended = self.self_attn(self.input_layernorm(x), spans, angles, cached, queries, read)
+        x = rows(x[:, :queries], read) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -139,7 +143,9 @@ class Transformer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        # not nn.Embedding(…): it draws weights, and on the meta device that imports torch._dynamo
+        nothing_yet = torch.empty(cfg.vocab_size, cfg.d_model)
+        self.embed_tokens = nn.Embedding.from_pretrained(nothing_yet, freeze=False)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
         if not cfg.tie_embeddings:
@@ -148,7 +154,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw all weights anew, in order."""
+        """Draw all weights anew, in order; on the meta device there is nothing to draw."""
+        if self.head.is_meta:
+            return
         for name, p in self.named_parameters():
             p.copy_(self.first_weight(name, p.shape))
 
@@ -164,21 +172,25 @@ class Transformer(nn.Module):
             std /= (2 * self.cfg.n_layer) ** 0.5
         return torch.empty(shape).normal_(std=std)
 
-    def forward(self, tokens, spans, cache=None, read=None):
+    def forward(self, tokens, spans, cache=None, queries=None, read=None):
         """Hidden states after the final norm.
 
         tokens: (B, S) int64. spans: Spans of these S positions. cache: a KVCache whose first
         `cache.length` positions come before them; theirs are written behind.
-        read: (N,) int64, the positions whose hidden states are wanted, as row · S + position.
-        Returns (B, S, d_model), or (N, d_model) where `read` is given: the last block then computes
-        only what these positions need, its keys and values everywhere and the rest there.
+        Where few of these states are wanted, the last block needs keys and values of all positions,
+        but the rest only of those:
+        queries: int, only the first so many positions of each row are (the noisy half); None: S.
+        read: (N,) int64, only these of them are, as row · queries + position.
+        Returns (B, S, d_model), or (N, d_model) where `read` is given.
         """
         angles = rope_angles(spans.positions, self.cfg.head_dim, self.cfg.rope_theta)
         x = self.embed_tokens(tokens)  # (B, S, d_model)
-        last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             cached = cache.of_layer(i) if cache is not None else None
-            x = layer(x, spans, angles, cached, read if i == last else None)
+            if i < len(self.layers) - 1:
+                x = layer(x, spans, angles, cached)
+            else:
+                x = layer(x, spans, angles, cached, queries, read)
         return self.norm(x)
 
     @property

@@ -2,11 +2,11 @@
 
     python train.py config/8b.py --ranks=64 --dry_run=true
 
-The memory plan follows one step; its peak is the fullest moment. It is made for GPUs under FSDP2
-(parallel.py): N weights, in L blocks of b and a root group of r (embedding, head, last norm), are
-cut among R processes (`shard_ranks`, or all of them). Each process holds, in bytes:
+The memory plan follows one step on GPUs under FSDP2 (parallel.py); its peak is the fullest moment.
+N weights, in L blocks of b and a root group of r (embedding, head, last norm), are cut among R
+processes (`shard_ranks`, or all of them). Each process holds, in bytes:
 
-    weights                4N/R         always; all hold equally many rows, the last ones padding
+    weights                4N/R         always; equally many rows on each, the last ones padding
     optimizer              8N/R         always; Adafactor: 4 (rows/R + columns) of each matrix
     gradients              4N/R         grow block by block, the last one first, until the update
     accumulated gradients  4N           of all micro-batches but the last, without `reduce_each`:
@@ -15,7 +15,7 @@ cut among R processes (`shard_ranks`, or all of them). Each process holds, in by
                                         root's at the end, its head's from the loss on
     gathered weights       e (r + 2b)   the root, a block, and the next one, fetched early;
                                         e·N without `reshard`, e (r + b) if R = 1
-    activations            saved_per_position, for each position and block
+    activations                         see block_activations
     work                   e (d + 2f)   per position: gradients of activations; and what recompute
                                         computes again
     loss                   12 · logits  of a chunk (LOGITS_AT_ONCE): log-probabilities and two
@@ -25,14 +25,13 @@ e: bytes per number in `dtype`, 2 in bfloat16. d, f: d_model, d_ff. All tokens c
 where a micro-batch holds few documents, that happens.
 
 Not covered: the network's speed; memory outside PyTorch's tensors (CUDA itself, NCCL's buffers) and
-fragmentation: leave a tenth free; torch.compile, which saves other activations; on a CPU, anything
-but weights, gradients and optimizer (`check_memory`).
+fragmentation: leave a tenth free; what torch.compile saves instead; activations on CPUs.
 """
 import os
 import sys
 from dataclasses import astuple, fields, replace
 from functools import cache
-from itertools import islice, product
+from itertools import product
 from math import prod
 from pathlib import Path
 
@@ -45,34 +44,42 @@ from diffusion import Recipe, spans_for
 
 # Dense bfloat16 peak of a device in TFLOP/s, by a part of its name (data sheets, without sparsity).
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362}
-COUNTS_TRIED = 64  # numbers of processes that `nearest` tries before it gives up
 
 
 def positions(cfg):
     """Positions per step that pass through the blocks: [xt ; x0] is 2T per row under `block`."""
-    if cfg.objective == "block":
-        return 2 * cfg.batch_tokens
-    return cfg.batch_tokens
+    return 2 * cfg.batch_tokens if cfg.objective == "block" else cfg.batch_tokens
 
 
-def step_flops(model_cfg, positions, scored, pairs):
+def last_queries(cfg):
+    """Positions per step that ask in the last block: under `block` only the noisy half is read."""
+    return positions(cfg) if cfg.shift else cfg.batch_tokens
+
+
+def step_flops(model_cfg, positions, scored, pairs, queries):
     """FLOPs of a step, forward and backward, as MFU counts them: recomputation is not counted.
 
     A product of (m, k) and (k, n) takes 2mkn, and twice that in the backward pass. So a step takes
 
-        6 · positions · weights of the blocks' matrices      every position passes every block
-        6 · scored · d_model · vocab_size                    only scored tokens meet the head
-        12 · pairs · n_layer · n_head · head_dim             QKᵀ and PV, for pairs inside the mask
+        6 · positions · (Wq + Wk + Wv + Wo + MLP)                    each block but the last
+        6 · (positions (Wk + Wv) + queries · Wq + scored (Wo + MLP))    the last block
+        6 · scored · d_model · vocab_size                               the head
+        12 · pairs · n_head · head_dim      QKᵀ and PV of a block; queries / positions of it are
+                                            left in the last one
 
-    positions, scored, pairs: of the global batch. pairs: per head and layer, see Spans.pairs.
+    positions, scored, pairs (see Spans.pairs), queries (see last_queries): of the global batch.
     """
     c = model_cfg
-    attention_weights = c.d_model * c.head_dim * (2 * c.n_head + 2 * c.n_kv_head)
-    mlp_weights = 3 * c.d_model * c.d_ff
-    blocks = 6 * positions * c.n_layer * (attention_weights + mlp_weights)
-    head = 6 * scored * c.d_model * c.vocab_size
-    attention = 12 * pairs * c.n_layer * c.n_head * c.head_dim
-    return blocks + head + attention
+    width = c.n_head * c.head_dim
+    wq = wo = c.d_model * width
+    wk = wv = c.d_model * c.n_kv_head * c.head_dim
+    mlp = 3 * c.d_model * c.d_ff
+    blocks = (c.n_layer - 1) * positions * (wq + wk + wv + wo + mlp)
+    last = positions * (wk + wv) + queries * wq + scored * (wo + mlp)
+    head = scored * c.d_model * c.vocab_size
+    # a noisy query has as many pairs as its clean twin
+    all_pairs = (c.n_layer - 1) * pairs + pairs * queries // positions
+    return 6 * (blocks + last + head) + 12 * all_pairs * width
 
 
 def peak_flops(device):
@@ -82,31 +89,24 @@ def peak_flops(device):
 
 
 def peak_memory(device):
-    """Most memory this process has held, in bytes: a GPU's tensors, or on a CPU the whole process.
-
-    0 on Windows, which does not tell.
-    """
+    """Most memory this process has held, in bytes: a GPU's tensors, or on a CPU all of it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        return 0
+        return 0  # Windows does not tell
     import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def mask_rate(cfg):
-    """Expected share of the maskable tokens that are masked, after the noise's warmup.
+    """Expected share of the maskable tokens that are masked, after warmup, without `strategies`.
 
-    `strategies` are left out. With t uniform on (0, 1] and n tokens per block (per row, where a
-    document is one block), and u = max(t, 1/n) under `clipped`:
+    t is uniform on (0, 1]; n is the tokens per block, or per row where a document is one block:
 
         uniform     E max(t, t_min)          = (1 + t_min²) / 2
         count       E ⌈nt⌉ / n               = (1 + 1/n) / 2
-        clipped     E u + E (1 - u)ⁿ / n     = (1 + 1/n²) / 2
-                                               + ((1-1/n)ⁿ + (1-1/n)ⁿ⁺¹ n/(n+1)) / n²
-
-    The last one has a second term because a block that would have no mask, (1 - u)ⁿ, gets one.
+        clipped     E u + E (1 - u)ⁿ / n     u = max(t, 1/n); an empty block gets one mask
     """
     if cfg.objective == "ar":
         return 1.0
@@ -121,10 +121,8 @@ def mask_rate(cfg):
 
 def row_pairs(cfg):
     """Query-key pairs per head of a row that is one document; more documents have fewer pairs."""
-    settings = {f.name: getattr(cfg, f.name) for f in fields(Recipe) if hasattr(cfg, f.name)}
-    recipe = Recipe(**settings, mask_id=0, pad_id=0)
     zero = torch.zeros(1, cfg.context, dtype=torch.int32)
-    return spans_for(recipe, zero, zero + cfg.context).pairs
+    return spans_for(Recipe.of(cfg, mask_id=0, pad_id=0), zero, zero + cfg.context).pairs
 
 
 # --- memory: what the pieces take -----------------------------------------------------------------
@@ -139,11 +137,8 @@ def shapes_of(sizes):
     """`weight_shapes` of a ModelConfig's values."""
     with torch.device("meta"):
         one_block = model.Transformer(model.ModelConfig(*sizes))
-    root, block = [], []
-    for name, p in one_block.named_parameters():
-        group = block if name.startswith("layers.") else root
-        group.append(tuple(p.shape))
-    return root, block
+    root = [tuple(p.shape) for name, p in one_block.named_parameters() if "layers." not in name]
+    return root, [tuple(p.shape) for p in one_block.layers.parameters()]
 
 
 def numel(shapes, sharers=1):
@@ -152,41 +147,39 @@ def numel(shapes, sharers=1):
 
 
 def optimizer_bytes(shapes, sharers, optimizer):
-    """Optimizer state of the first process, which has the most rows.
-
-    AdamW: two moments and a step count per weight. Adafactor: see parallel.py.
-    """
-    if optimizer == "adamw":
+    """Optimizer state of the first process, which has the most rows."""
+    if optimizer == "adamw":  # two moments, and a step count per weight
         return 8 * numel(shapes, sharers) + 4 * len(shapes)
     rows_and_columns = sum(-(-s[0] // sharers) + sum(s[1:]) for s in shapes)
     return 4 * rows_and_columns + 4 * len(shapes)
 
 
-def saved_per_position(model_cfg, e, recompute):
-    """Activations of a block, in bytes per position: (kept until backward, computed again there).
+def block_activations(model_cfg, e, recompute, n, queries, read, copied=0):
+    """A block's activations in bytes: (kept from forward to backward, computed again there).
 
-    e: bytes per number. Norms save their input and 1/rms in float32; attention its log-sum-exp.
-    `selective` keeps the output of every matrix product, even if nothing here reads it (o, down).
+    e: bytes per number. n: positions. queries: those with a query; read: those that go through o
+    and the MLP; the last block has fewer of both. copied: bytes of what it copies to select them.
+    Norms save their input and 1/rms in float32, attention its log-sum-exp. `selective` keeps the
+    outputs of matrix products and attention, read or not.
     """
     c = model_cfg
     d, f = c.d_model, c.d_ff
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    rotated = q + kv  # q and k after RoPE
-    head_norms = 0
+    entered = n * e * d
+    normalised = n * (e * d + 4)
+    rotated = e * (queries * q + n * kv)
+    attended = queries * (e * q + 4 * c.n_head)  # and the log-sum-exp
+    second_norm = read * (2 * e * d + 4)  # input plus attention; normalised, for gate and up
+    mlp = read * e * 4 * f  # gate; silu(gate), up; their product, for down
+    everything = entered + normalised + rotated + n * e * kv + attended + copied + second_norm + mlp
     if c.qk_norm:  # q and k before their norms
-        head_norms = e * (q + kv) + 4 * (c.n_head + c.n_kv_head)
-    everything = (
-        e * 2 * d + 4  # input; normalised, for q, k, v
-        + head_norms + e * (rotated + kv + q) + 4 * c.n_head  # q, k, v, output, log-sum-exp
-        + e * 2 * d + 4  # input plus attention; normalised, for gate and up
-        + e * 4 * f  # gate; silu(gate), up; their product, for down
-    )
+        everything += rotated + 4 * (queries * c.n_head + n * c.n_kv_head)
     if recompute == "none":
         return everything, 0
     if recompute == "full":
-        return e * d, everything - e * d
-    kept = e * (3 * d + 2 * q + 2 * kv + 2 * f) + 4 * c.n_head
-    again = e * (3 * d + rotated + 2 * f) + 8
+        return entered, everything - entered
+    kept = entered + rotated + n * e * kv + attended + read * e * (2 * d + 2 * f)
+    again = normalised + rotated + copied + second_norm + read * e * 2 * f
     return kept, again
 
 
@@ -196,28 +189,30 @@ def number_bytes(cfg):
 
 
 def activation_bytes(model_cfg, cfg, rows):
-    """Of a micro-batch of `rows`: (kept per block, computed again per block, kept outside them)."""
-    e = number_bytes(cfg)
-    tokens = rows * cfg.context
+    """Of a micro-batch of `rows`: a block's (kept, computed again), the last block's, and the bytes
+    kept outside the blocks."""
+    e, d, h = number_bytes(cfg), model_cfg.d_model, model_cfg.head_dim
+    tokens = rows * cfg.context  # all of them are scored
     n = tokens * positions(cfg) // cfg.batch_tokens
-    kept, again = saved_per_position(model_cfg, e, cfg.recompute)
-    kept, again = n * kept, n * again
-    spans = 16 * tokens  # stacked for the kernel, in each block
-    if cfg.recompute == "none":
-        kept += spans
-    else:
-        again += spans
-    # ids, angles, the last norm's input
-    outside = n * (8 + 4 * model_cfg.head_dim + e * model_cfg.d_model + 4)
-    # the batch; where the loss reads, and what
-    outside += tokens * (30 + 8 + e * model_cfg.d_model)
-    return kept, again, outside
+    queries = tokens * last_queries(cfg) // cfg.batch_tokens
+    copied = tokens * e * model_cfg.n_head * h  # of attention's output
+    if queries < n and rows > 1:
+        copied += queries * e * d  # of the normalised input, for q
+    blocks = []
+    for sizes_of_block in ((n, n, n), (n, queries, tokens, copied)):
+        kept, again = block_activations(model_cfg, e, cfg.recompute, *sizes_of_block)
+        spans = 16 * tokens  # stacked for the kernel
+        blocks.append((kept + spans, 0) if cfg.recompute == "none" else (kept, again + spans))
+    outside = n * (8 + 4 * h)  # ids, angles
+    outside += tokens * (2 * e * d + 4)  # the last norm's input and output
+    outside += tokens * (30 + 8)  # the batch; where the loss reads
+    return *blocks, outside
 
 
 # --- memory: the moments of a step ----------------------------------------------------------------
 
 class Step:
-    """One step of the fullest of `ranks` processes: sizes first, then each moment in order.
+    """One step of the fullest of `ranks` processes: sizes first, then its moments in order.
 
     A moment is {term: bytes}. Blocks count from 1; the backward pass goes from n_layer down to 1.
     """
@@ -226,38 +221,44 @@ class Step:
         self.cfg, self.model_cfg = cfg, model_cfg
         self.L, self.e = model_cfg.n_layer, number_bytes(cfg)
         self.sharers = cfg.shard_ranks or ranks
-        # weights: shapes of all and of a block; numbers in the root, a block and the head
-        root, self.block = weight_shapes(model_cfg)
-        self.root = root
-        self.whole = root + self.L * self.block
-        self.r, self.b = numel(root), numel(self.block)
+        # numbers in the root's, a block's and the head's weights; in this process's part of them
+        root, block = self.shapes = weight_shapes(model_cfg)
+        self.r, self.b = numel(root), numel(block)
         self.head = model_cfg.vocab_size * model_cfg.d_model
-        # micro-batches
+        self.my_r, self.my_b = numel(root, self.sharers), numel(block, self.sharers)
+        self.my_weights = self.my_r + self.L * self.my_b
+        self.optimizer = optimizer_bytes(root, self.sharers, cfg.optimizer)
+        self.optimizer += self.L * optimizer_bytes(block, self.sharers, cfg.optimizer)
+        # micro-batches: rows, tokens, positions
         rows = cfg.batch_tokens // cfg.context // ranks
         micro = min(cfg.micro_batch, rows)
         self.several = rows > micro
         self.accumulates = self.several and not cfg.reduce_each
-        # activations of a micro-batch, and the logits that its loss holds at a time
-        self.kept, self.again, self.outside = activation_bytes(model_cfg, cfg, micro)
-        tokens = micro * cfg.context
-        self.n = tokens * positions(cfg) // cfg.batch_tokens
+        self.tokens = micro * cfg.context
+        self.n = self.tokens * positions(cfg) // cfg.batch_tokens
+        one_block, last_block, self.outside = activation_bytes(model_cfg, cfg, micro)
+        self.kept, self.again = one_block
+        self.last_kept, self.last_again = last_block
+        # the loss holds the logits of a chunk of tokens at a time
         chunk = max(1, model.LOGITS_AT_ONCE // model_cfg.vocab_size)
-        self.chunks = -(-tokens // chunk)
-        self.logits = min(chunk, tokens) * model_cfg.vocab_size
+        self.chunks = -(-self.tokens // chunk)
+        self.logits = min(chunk, self.tokens) * model_cfg.vocab_size
 
     def at(self, left, in_transit, gathered, blocks, **more):
         """A moment. left: blocks whose gradients are to come. blocks: those with activations."""
-        done = (self.L - left) * self.block
+        gradients = 4 * (self.L - left) * self.my_b
         if self.several and self.cfg.reduce_each:
-            done = self.whole
+            gradients = 4 * self.my_weights
         accumulated = 4 * (self.r + left * self.b) if self.accumulates else 0
         activations = blocks * self.kept
+        if blocks == self.L:
+            activations += self.last_kept - self.kept
         if left > 0:
             activations += self.outside
         return {
-            "weights": 4 * numel(self.whole, self.sharers),
-            "optimizer": optimizer_bytes(self.whole, self.sharers, self.cfg.optimizer),
-            "gradients": 4 * numel(done, self.sharers),
+            "weights": 4 * self.my_weights,
+            "optimizer": self.optimizer,
+            "gradients": gradients,
             "accumulated gradients": accumulated,
             "gradients in transit": in_transit,
             "gathered weights": self.e * gathered,
@@ -266,30 +267,25 @@ class Step:
 
     def gathered(self, i):
         """Numbers in the gathered weights during the backward pass of block i."""
-        blocks = i
-        if self.cfg.reshard:
-            blocks = min(i, 1 if self.sharers == 1 else 2)
+        most = 1 if self.sharers == 1 else 2
+        blocks = min(i, most) if self.cfg.reshard else i
         return self.r + blocks * self.b
 
     def loss(self):
-        gathered = self.r
-        if not self.cfg.reshard:
-            gathered += self.L * self.b
+        gathered = self.r if self.cfg.reshard else self.r + self.L * self.b
         # PyTorch adds the first two gradients of a weight into a third tensor, the others in place
-        of_logits = 12 * self.logits
-        of_head = self.e * self.logits + self.e * self.head
-        if self.chunks > 1:
-            of_logits += self.e * self.head
-            of_head += 2 * self.e * self.head
+        added, all_three = (1, 3) if self.chunks > 1 else (0, 1)
+        of_logits = 12 * self.logits + added * self.e * self.head
+        of_head = self.e * self.logits + all_three * self.e * self.head
         return self.at(self.L, 0, gathered, self.L, loss=max(of_logits, of_head))
 
     def in_block(self, i):
         """Inside block i, while the gradients of the one after it are exchanged."""
-        c = self.model_cfg
-        in_transit = self.e * (self.head + c.d_model * c.d_ff)
-        if i < self.L:
-            in_transit += 4 * self.b
-        work = self.again + self.n * self.e * (c.d_model + 2 * c.d_ff)
+        d, f = self.model_cfg.d_model, self.model_cfg.d_ff
+        exchanged = 4 * self.b if i < self.L else 0
+        again, in_mlp = (self.again, self.n) if i < self.L else (self.last_again, self.tokens)
+        work = again + in_mlp * self.e * (d + 2 * f)
+        in_transit = self.e * (self.head + d * f) + exchanged
         return self.at(i, in_transit, self.gathered(i), i, work=work)
 
     def end_of_block(self, i):
@@ -300,41 +296,36 @@ class Step:
         return self.at(i, in_transit, self.gathered(i - 1), i - 1, work=work)
 
     def embedding(self):
-        gradients = 2  # of the head and of the embedding
-        if self.model_cfg.tie_embeddings and self.chunks == 1:
-            gradients = 3
+        """The embedding's gradient meets the head's; tied ones are added into a third tensor."""
+        gradients = 3 if self.model_cfg.tie_embeddings and self.chunks == 1 else 2
         in_transit = self.e * gradients * self.head + 4 * self.b
         work = self.n * self.e * self.model_cfg.d_model
         return self.at(0, in_transit, self.r, 0, work=work)
 
     def exchange(self):
+        """The root's gradients are exchanged."""
         in_transit = 4 * self.r
         if not self.accumulates:
-            left_over = 0
-            if not self.model_cfg.tie_embeddings and self.sharers > 1:
-                left_over = self.e * self.head  # a reference that FSDP2 drops late
-            mine = 4 * numel(self.root, self.sharers)
-            in_transit += max(self.e * self.r, left_over + mine)
+            late = not self.model_cfg.tie_embeddings and self.sharers > 1
+            left_over = self.e * self.head if late else 0  # a reference that FSDP2 drops late
+            in_transit += max(self.e * self.r, left_over + 4 * self.my_r)
         return self.at(0, in_transit, 0, 0)
 
     def update(self):
         work = 0
         if self.cfg.optimizer == "adafactor":  # temporary tensors of one weight's update
-            work = 16 * max(numel([s], self.sharers) for s in self.whole)
-        gradients = 4 * numel(self.whole, self.sharers)
-        return self.at(0, 0, 0, 0, work=work) | {
-            "gradients": gradients, "accumulated gradients": 0}
+            work = 16 * max(numel([shape], self.sharers) for shape in sum(self.shapes, []))
+        terms = self.at(0, 0, 0, 0, work=work)
+        return terms | {"gradients": 4 * self.my_weights, "accumulated gradients": 0}
 
 
 def memory(model_cfg, cfg, ranks):
     """The plan of the fullest of `ranks` processes: {moment of a step: {term: bytes}}."""
     step = Step(model_cfg, cfg, ranks)
-
-    def fullest(moment):  # from the second block on, memory changes in a straight line
-        blocks = {step.L, max(step.L - 1, 1), 1}
-        return max(blocks, key=lambda i: sum(moment(i).values()))
-
-    i, j = fullest(step.in_block), fullest(step.end_of_block)
+    # between the second block and the one before the last, memory changes in a straight line
+    blocks = {1, min(2, step.L), max(step.L - 1, 1), step.L}
+    i = max(blocks, key=lambda i: sum(step.in_block(i).values()))
+    j = max(blocks, key=lambda j: sum(step.end_of_block(j).values()))
     return {
         "loss": step.loss(),
         f"in block {i}": step.in_block(i),
@@ -351,19 +342,14 @@ def peak(moments):
 
 
 def check_memory(model_cfg, optimizer, device_type):
-    """Refuse a model whose weights, gradients and optimizer state cannot fit in a CPU's memory.
-
-    optimizer: 'adamw' or 'adafactor'. device_type: 'cpu'; others are left to their allocator, and
-    so are activations. Where torchrun uses several machines, this one holds its share.
-    Raises Mistake.
-    """
-    if device_type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return
+    """Raises Mistake if weights, gradients and optimizer state exceed the memory of a CPU."""
+    if device_type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
+        return  # GPUs have allocators that say so; Windows does not tell
     root, block = weight_shapes(model_cfg)
     shapes = root + model_cfg.n_layer * block
     parameters = numel(shapes)
     needs = 8 * parameters + optimizer_bytes(shapes, 1, optimizer)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of several machines each holds its share
     needs = needs * here // int(os.environ.get("WORLD_SIZE", here))
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needs > has:
@@ -373,23 +359,16 @@ def check_memory(model_cfg, optimizer, device_type):
             "--d_model, --n_layer or --vocab_size needs less")
 
 
-# --- what to change so that it fits ---------------------------------------------------------------
-
 def nearest(model_cfg, cfg, ranks):
-    """What to change so that the run fits: ({setting: value}, bytes), or None.
-
-    As few more processes as possible come first, then few changes, then cheap ones.
-    """
+    """The cheapest changes that make it fit: ({setting: value}, bytes), or None. `ranks` is last."""
     rows = cfg.batch_tokens // cfg.context
-    counts = (n for n in range(ranks, min(rows, 2**20) + 1, ranks) if rows % n == 0)
+    counts = [n for n in range(ranks, min(rows, 2**20) + 1, ranks) if rows % n == 0]
     changes = possible_changes(cfg, min(cfg.micro_batch, rows // ranks))
-    for more in islice(counts, COUNTS_TRIED):
+    for more in counts[:64]:
         for changed in changes:
             needs = peak(memory(model_cfg, replace(cfg, **changed), more))
             if needs <= cfg.gpu_memory * 1e9:
-                if more > ranks:
-                    changed = changed | {"ranks": more}
-                return changed, needs
+                return changed if more == ranks else changed | {"ranks": more}, needs
     return None
 
 
@@ -400,55 +379,52 @@ def possible_changes(cfg, micro_batch):
     cost traffic, full recomputation a third of the FLOPs.
     """
     modes = ["none", "selective", "full"]
+    halved = [micro_batch >> n for n in range(1, micro_batch.bit_length())]
     choices = {
         "recompute": modes[modes.index(cfg.recompute):],
-        "micro_batch": [cfg.micro_batch] + [micro_batch >> n for n in range(1, micro_batch.bit_length())],
-        "reduce_each": sorted({cfg.reduce_each, True}),
-        "reshard": sorted({cfg.reshard, True}),
-        "shard_ranks": sorted({cfg.shard_ranks, 0}, reverse=True),
+        "micro_batch": [cfg.micro_batch, *halved],
+        "reduce_each": {cfg.reduce_each, True},
+        "reshard": {cfg.reshard, True},
+        "shard_ranks": {cfg.shard_ranks, 0},
     }
+    changes = []
+    for values in product(*choices.values()):
+        changes.append({k: v for k, v in zip(choices, values) if v != getattr(cfg, k)})
 
     def cost(changed):
         full = changed.get("recompute") == "full"
         smaller = -changed.get("micro_batch", cfg.micro_batch)
         return len(changed), full, "shard_ranks" in changed, "reduce_each" in changed, smaller
 
-    changes = []
-    for values in product(*choices.values()):
-        settings = dict(zip(choices, values))
-        changes.append({k: v for k, v in settings.items() if v != getattr(cfg, k)})
     return sorted(changes, key=cost)
 
 
 # --- the plan -------------------------------------------------------------------------------------
 
 def sizes(cfg):
-    """The run's ModelConfig: from the folder it starts from, if that is local, else the settings'.
-
-    Raises Mistake.
-    """
+    """The run's ModelConfig: of the folder it starts from, if that is local, or of the settings."""
     folder = {"scratch": "", "resume": cfg.out}.get(cfg.init_from, cfg.init_from)
     if folder and Path(folder).is_dir():
-        folder = huggingface.find(folder)
         names = (cfg.mask_token, cfg.bos_token)
-        return huggingface.read_description(folder, *names, objective="ar")[0]
+        return huggingface.read_description(huggingface.find(folder), *names, objective="ar")[0]
     if folder:
         print(f"{folder} is not a local folder: planned with the sizes in the settings")
     settings = {f.name: getattr(cfg, f.name) for f in fields(model.ModelConfig)}
     if not cfg.vocab_size:
-        if not (Path(cfg.data) / "tokenizer.json").is_file():
-            raise Mistake("vocab_size=0 means the size of the tokenizer's vocabulary, and there is "
-                          f"no tokenizer in {cfg.data}: prepare the data or give --vocab_size")
-        tokenizer = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token)
-        settings["vocab_size"] = tokenizer.vocab_size
+        try:
+            tok = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token)
+        except Mistake as error:
+            raise Mistake(f"vocab_size=0 takes the tokenizer's size, but {error}; to plan without "
+                          "it, give --vocab_size") from error
+        settings["vocab_size"] = tok.vocab_size
     return model.ModelConfig(**settings)
 
 
 def check(cfg, ranks, rows_of):
     """Raises Mistake if the processes cannot share the work."""
     if cfg.shard_ranks and ranks % cfg.shard_ranks:
-        divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-        near = min(divisors, key=lambda n: abs(n - cfg.shard_ranks))
+        near = min((n for n in range(1, ranks + 1) if ranks % n == 0),
+                   key=lambda n: abs(n - cfg.shard_ranks))
         raise Mistake(f"shard_ranks={cfg.shard_ranks} must divide the number of processes, "
                       f"{ranks}, as {near} does")
     rows_of(0, ranks, cfg)
@@ -457,8 +433,7 @@ def check(cfg, ranks, rows_of):
 def show(cfg, rows_of):
     """Print the plan of a run. cfg, rows_of: train.py's settings, and how it deals out rows.
 
-    Raises Mistake, after the table, if it does not fit: the message names the nearest settings that
-    do.
+    Raises Mistake, after the table, if it does not fit; it names the nearest settings that do.
     """
     if os.environ.get("RANK", "0") != "0":  # under torchrun, printing once is enough
         return
@@ -467,67 +442,50 @@ def show(cfg, rows_of):
     model_cfg = sizes(cfg)
     print_numbers(cfg, model_cfg, ranks)
     moments = memory(model_cfg, cfg, ranks)
-    eager = ", eager" if cfg.compile else ""
-    print_table(moments, f"GB, recompute={cfg.recompute}{eager}")
+    print_table(moments, f"GB, recompute={cfg.recompute}{', eager' if cfg.compile else ''}")
     most = peak(moments)
     if most <= cfg.gpu_memory * 1e9:
         print(f"\npeak {most / 1e9:.1f} GB of gpu_memory={cfg.gpu_memory:g}")
         return
-    raise Mistake(f"peak {most / 1e9:.1f} GB exceeds gpu_memory={cfg.gpu_memory:g}: "
-                  f"{advice(nearest(model_cfg, cfg, ranks))}")
-
-
-def advice(change):
-    """What `nearest` found, as a sentence has it."""
-    if change is None:
-        return "no recompute, micro_batch or number of ranks makes it fit"
-    settings, needs = change
-    words = [f"--{name}={str(value).lower()}" for name, value in settings.items()]
-    return f"{' '.join(words)} needs {needs / 1e9:.1f} GB"
+    advice = "no recompute, micro_batch or number of ranks makes it fit"
+    settings, needs = nearest(model_cfg, cfg, ranks) or ({}, 0)
+    if settings:
+        words = [f"--{name}={str(value).lower()}" for name, value in settings.items()]
+        advice = f"{' '.join(words)} needs {needs / 1e9:.1f} GB"
+    raise Mistake(f"peak {most / 1e9:.1f} GB exceeds gpu_memory={cfg.gpu_memory:g}: {advice}")
 
 
 def print_numbers(cfg, model_cfg, ranks):
     """Parameters, rows, FLOPs and hours, a line for each."""
-    c = model_cfg
-    root, block = weight_shapes(c)
-    total = numel(root) + c.n_layer * numel(block)
+    c, tokens, steps = model_cfg, cfg.batch_tokens, cfg.max_steps
+    root, block = (numel(shapes) for shapes in weight_shapes(c))
+    total = root + c.n_layer * block
     embedding = c.vocab_size * c.d_model
     head = "the head is the embedding" if c.tie_embeddings else f"head {embedding:,}"
-    print_line("parameters", f"{total:,}: embedding {embedding:,}, {c.n_layer} blocks of "
-               f"{numel(block):,}, {head}, last norm {c.d_model:,}")
-
-    rows = cfg.batch_tokens // cfg.context
-    print_line("step", f"{rows:,} rows of {cfg.context:,}: {cfg.batch_tokens:,} tokens, "
-               f"{positions(cfg):,} positions in the blocks")
+    print(f"parameters    {total:,}: embedding {embedding:,}, {c.n_layer} blocks of {block:,}, "
+          f"{head}, last norm {c.d_model:,}")
+    rows = tokens // cfg.context
     mine = rows // ranks
     micro = min(cfg.micro_batch, mine)
-    print_line("process", f"{mine:,} rows, {micro} at a time ({-(-mine // micro)} micro-batches); "
-               f"{ranks:,} processes")
-    rate = mask_rate(cfg)
-    print_line("scored", f"{rate:.1%} of the tokens, on average, after the noise's warmup")
-
-    pairs = rows * row_pairs(cfg)
-    flops = step_flops(c, positions(cfg), rate * cfg.batch_tokens, pairs)
-    share = step_flops(c, 0, 0, pairs) / flops
-    print_line("FLOPs", f"{flops:.3e} per step; attention takes at most {share:.0%}, where each "
-               "row is one document")
-    print_line("", f"6 · parameters · tokens is {6 * total * cfg.batch_tokens:.3e}")
-    print_line("run", f"{cfg.max_steps:,} steps, {cfg.max_steps * cfg.batch_tokens:.3e} tokens, "
-               f"{cfg.max_steps * flops:.3e} FLOPs")
-
+    print(f"step          {rows:,} rows of {cfg.context:,}: {tokens:,} tokens, {positions(cfg):,} "
+          "positions in the blocks")
+    print(f"process       {mine:,} rows, {micro} at a time (micro-batches: {-(-mine // micro)}); "
+          f"{ranks:,} processes")
+    scored, pairs = mask_rate(cfg) * tokens, rows * row_pairs(cfg)
+    flops = step_flops(c, positions(cfg), scored, pairs, last_queries(cfg))
+    attention = flops - step_flops(c, positions(cfg), scored, 0, last_queries(cfg))
+    print(f"scored        {scored / tokens:.1%} of the tokens, on average, after warmup")
+    print(f"FLOPs         {flops:.3e} per step (6 · parameters · tokens: {6 * total * tokens:.3e})")
+    print(f"              attention takes {attention / flops:.0%} if each row is one document, "
+          "less if it holds more")
+    print(f"run           {steps:,} steps, {steps * tokens:.3e} tokens, {steps * flops:.3e} FLOPs")
     tflops = cfg.peak_tflops or PEAK_TFLOPS["H100"]
     seconds = flops / (tflops * 1e12 * ranks * cfg.mfu)
-    hours = cfg.max_steps * seconds / 3600
-    print_line("time", f"{seconds:.2f} s per step, {cfg.batch_tokens / seconds:,.0f} tokens/s, "
-               f"{hours:,.1f} hours, {hours * ranks:,.0f} GPU hours")
-    device = f"{tflops:g} TFLOP/s"
-    if not cfg.peak_tflops:
-        device += " (an H100; --peak_tflops for others)"
-    print_line("", f"at an MFU of {cfg.mfu:g} of {device}\n")
-
-
-def print_line(label, text):
-    print(f"{label:<14}{text}")
+    hours = steps * seconds / 3600
+    device = "" if cfg.peak_tflops else " (an H100; --peak_tflops for others)"
+    print(f"time          {seconds:.2f} s per step, {tokens / seconds:,.0f} tokens/s, "
+          f"{hours:,.1f} hours, {hours * ranks:,.0f} GPU hours")
+    print(f"              at an MFU of {cfg.mfu:g} of {tflops:g} TFLOP/s{device}\n")
 
 
 def print_table(moments, title):
@@ -535,8 +493,6 @@ def print_table(moments, title):
     names = dict.fromkeys(term for terms in moments.values() for term in terms)
     rows = {name: [terms.get(name, 0) for terms in moments.values()] for name in names}
     rows["sum"] = [sum(terms.values()) for terms in moments.values()]
-    heading = "".join(f"{moment:>13}" for moment in moments)
-    print(f"{title:<32}{heading}")
+    print(f"{title:<32}" + "".join(f"{moment:>13}" for moment in moments))
     for name, values in rows.items():
-        cells = "".join(f"{value / 1e9:>13.2f}" for value in values)
-        print(f"{name:<32}{cells}")
+        print(f"{name:<32}" + "".join(f"{value / 1e9:>13.2f}" for value in values))

@@ -43,20 +43,34 @@ class Run:
     """
 
     def __init__(self, out, resume, world):
-        """Raises Mistake where the folder cannot hold this run. Creates nothing yet."""
-        self.folder, self.world = Path(out), world
+        self.folder, self.resume, self.world = Path(out), resume, world
+        self.checkpoint = self.saved = None
+        self.start = 0
         self.lock = self.metrics = None
         self.track = ignore
         self.handlers = {}
         self.stop_signals = []
-        restarts, = world.sum(restarts_of_this_node())
-        newest = world.first(self.newest_checkpoint)
-        if newest and not resume and not restarts:
-            raise Mistake(f"{self.folder} already holds a run ({Path(newest).name}); --resume=true "
-                          "continues it, --out=FOLDER starts another")
-        self.checkpoint = Path(newest) if newest else None
-        self.saved = read_saved(self.checkpoint) if newest else None
-        self.start = self.saved["step"] if newest else 0
+
+    def __enter__(self):
+        """Raises Mistake where the folder cannot hold this run. Creates no folder yet."""
+        try:
+            self.find_checkpoint()
+        except BaseException:
+            self.close(after_error=True)
+            raise
+        return self
+
+    def find_checkpoint(self):
+        restarts, = self.world.sum(restarts_of_this_node())
+        newest = self.world.first(self.newest_checkpoint)
+        if newest is None:
+            return
+        self.checkpoint = Path(newest)
+        if not self.resume and not restarts:
+            raise Mistake(f"{self.folder} already holds a run ({self.checkpoint.name}); "
+                          "--resume=true continues it, --out=FOLDER starts another")
+        self.saved = read_saved(self.checkpoint)
+        self.start = self.saved["step"]
 
     def newest_checkpoint(self):
         """The checkpoint that `latest` names, as a text, or None where no run has begun.
@@ -71,7 +85,7 @@ class Run:
         self.take_lock()
         names = [p.name for p in self.folder.iterdir()]
         if "latest" in names or any(re.fullmatch(r"step_[0-9]+", name) for name in names):
-            return str(huggingface.find(self.folder))
+            return str(huggingface.latest_of(self.folder))
         return None
 
     def take_lock(self):
@@ -190,11 +204,8 @@ class Run:
         settings = {"machine": machine, "config": asdict(cfg), "data": data}
         checkpoint.save(self.folder, step, model, optimizer, tok, recipe, settings, cfg.keep)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        begun = self.metrics is not None
+    def close(self, after_error):
+        """Leave signals as they were, and the folder to others."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         for file in (self.metrics, self.lock):
@@ -202,9 +213,12 @@ class Run:
                 if file is not None:
                     file.close()
             except OSError:  # what could not be written cannot be now; that has been said
-                if error is None:
+                if not after_error:
                     raise
-        if begun and isinstance(error, Mistake):
+
+    def __exit__(self, kind, error, trace):
+        self.close(after_error=error is not None)
+        if self.metrics is not None and isinstance(error, Mistake):
             raise Mistake(f"{error}; {checkpoint.last_good(self.folder)}") from error
 
 

@@ -234,14 +234,14 @@ def main(argv=None):
         asked_to_stop.append(number)
 
     signal.signal(signal.SIGINT, ask_to_stop)
-    began = time.time()
-    rows, written = generate(model, tok, recipe, prompt, cfg, lambda: bool(asked_to_stop))
-    seconds = time.time() - began
     how = recipe.objective
     if how == "block":
         how = f"block, K = {recipe.block_size}"
     shift = "shift" if recipe.shift else "no shift"
-    print(f"--- {tok.folder}: {how}, {shift}, mask {tok.mask_id}, {dtype} on {device}")
+    print(f"--- {tok.folder}: {how}, {shift}, mask {tok.mask_id}, {dtype} on {device}", flush=True)
+    began = time.time()
+    rows, written = generate(model, tok, recipe, prompt, cfg, lambda: bool(asked_to_stop))
+    seconds = time.time() - began
     for i, ids in enumerate(rows):
         print(f"--- sample {i + 1} of {cfg.samples}")
         print(("" if cfg.chat else cfg.prompt) + tok.decode(ids))

@@ -168,6 +168,8 @@ class Tokenizer:
         for key, name in names.items():
             if name is not None and not isinstance(name, str):
                 raise Mistake(f"{key}={shortened(name)} in {self.folder} is not a token's name")
+            check_unicode(name or "")
+        check_unicode(bos_token + mask_token)
         if bos_token:
             names["bos_token"] = bos_token
         if mask_token:

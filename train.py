@@ -77,7 +77,7 @@ class Config:
     anneal_steps: Int(0, 2**31) = 0  # steps from causal to full attention (objective=bidirectional)
     # optimizer
     max_steps: Int(1, 2**31) = 1000  # optimizer steps
-    lr: Float(1e-12, 1e6) = 2e-3  # peak learning rate
+    lr: Float(1e-30, 1e6) = 2e-3  # peak learning rate
     min_lr: Float(0, 1e6) = 2e-4  # learning rate at the end
     lr_warmup_steps: Int(0, 2**31) = 50  # steps of linear rise to lr
     lr_decay: Literal["cosine", "linear"] = "cosine"  # how it falls from lr to min_lr

@@ -1,16 +1,20 @@
-"""Stable-DiffCoder's continual pretraining of an 8B autoregressive coder with block diffusion (arXiv 2601.15892, §3 and §4).
+"""Stable-DiffCoder's continual pretraining: an 8B autoregressive coder learns block diffusion.
 
     torchrun --nproc_per_node=8 train.py config/8b.py
 
-From the paper: Seed-Coder's sizes, K = 4, T = 8192 packed, no shift, the clipped schedule and its weight (§3.3), warmup from
-u_init = 1e-3 (Eq. 10), 1.3T tokens. The paper's packed samples see each other (--cross_document=true); here they need not.
-The paper does not say, so ours: batch, learning rate, optimizer, and S, the length of the warmup. It starts from Seed-Coder's
-checkpoint before annealing, which is not published; this starts from the published base model.
-The mask is named as in Stable-DiffCoder's tokenizer (id 5 there); where Seed-Coder's has no such token, it is added at the
-next free id.
+From the paper (arXiv 2601.15892, §3 and §4): Seed-Coder's sizes, K = 4, T = 8192 packed, no shift,
+the clipped schedule and its weight (§3.3), warmup from u_init = 1e-3 (Eq. 10), 1.3T tokens. The
+paper's packed samples see each other (--cross_document=true); here they need not.
 
-Memory and time: `python plan.py config/8b.py --ranks=8`. One node of eight 80 GB GPUs holds it; 1.3T tokens take a cluster.
-Data: `python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code_8b --tokenizer=ByteDance-Seed/Seed-Coder-8B-Base`.
+Ours, since the paper does not say: batch, learning rate, optimizer, and S, the length of the
+warmup. The paper starts from Seed-Coder's checkpoint before annealing, which is not published; this
+starts from the published base model. The mask is named as in Stable-DiffCoder's tokenizer (id 5
+there). Where Seed-Coder's has no such token, it is added at the next free id.
+
+Memory and time: `python train.py config/8b.py --dry_run=true --ranks=8`. One node of eight 80 GB
+GPUs holds it; 1.3T tokens take a cluster.
+Data: `python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code_8b \\
+    --tokenizer=ByteDance-Seed/Seed-Coder-8B-Base`.
 """
 out = "out/8b"
 init_from = "ByteDance-Seed/Seed-Coder-8B-Base"

@@ -1,16 +1,24 @@
 """CoDA's pretraining: Qwen3-1.7B made bidirectional (arXiv 2510.03270).
 
     torchrun --nproc_per_node=8 train.py config/coda_1p7b.py
-    torchrun --nproc_per_node=8 train.py config/coda_1p7b_mid.py       # then mid-training, from its weights
+    torchrun --nproc_per_node=8 train.py config/coda_1p7b_mid.py   # then mid-training
 
-From the paper: 179B tokens of seven sources (data/stack/coda.json), batch 512 x 8192, 50,000 steps, Adafactor with a linear
-schedule and a peak of 3e-4, 1 % of the rows with an unmaskable prefix, 1 % truncated, 1 % masked in spans, no annealing of the
-attention. The weights are Qwen3's and so is the head, read one position early (shift). Its learning rate is absolute, not
-relative to the weights. Ours, the paper not saying: the length of the learning rate's warmup, weight decay, the last rate.
-The release trained on TPUs (v4-1024); its published weights have a head of their own, where Qwen3-1.7B ties it.
+From the paper: 179B tokens of seven sources (data/stack/coda.json), batch 512 x 8192, 50,000 steps,
+Adafactor with a linear schedule and a peak of 3e-4, no annealing of the attention. The paper draws
+its masking strategies per *batch*: S1 (an unmaskable prefix) or S2 (a truncated suffix) is applied
+with probability 0.01, and S3 (spans) to the batch with probability 0.01.
 
-Memory and time: `python plan.py config/coda_1p7b.py --ranks=8`.
-Data: `python -m data.stack.prepare --mixture=data/stack/coda.json --out=data/coda --tokens=179e9 --tokenizer=Qwen/Qwen3-1.7B`.
+From the released code: S1 and S2 are drawn per *row*, as here. It trains differently from the paper
+in other ways, which this file does not follow: 2,000 steps of warmup, a cosine, 210,000 steps. It
+ran on TPUs (v4-1024). The published weights have a head of their own, where Qwen3-1.7B ties it.
+
+Ours: S3 is drawn per row too; the length of the learning rate's warmup, weight decay and the last
+learning rate, which the paper does not give. The weights are Qwen3's and so is the head, read one
+position early (shift). The learning rate is absolute, not relative to the weights.
+
+Memory and time: `python train.py config/coda_1p7b.py --dry_run=true --ranks=8`.
+Data: `python -m data.stack.prepare --mixture=data/stack/coda.json --out=data/coda --tokens=179e9 \\
+    --tokenizer=Qwen/Qwen3-1.7B`.
 """
 out = "out/coda_1p7b"
 init_from = "Qwen/Qwen3-1.7B"

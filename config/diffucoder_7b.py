@@ -1,18 +1,23 @@
-"""DiffuCoder's adaptation: Qwen2.5-Coder-7B from causal to bidirectional (arXiv 2506.20639, §3 and appendix B.1).
+"""DiffuCoder's adaptation: Qwen2.5-Coder-7B from causal to bidirectional (arXiv 2506.20639).
 
-    torchrun --nproc_per_node=8 train.py config/diffucoder_7b.py     # or 16, 32, 40, 80 GPUs: what divides its 160 rows
+    torchrun --nproc_per_node=8 train.py config/diffucoder_7b.py
 
-From the paper: 65B tokens in 100,000 steps of 160 rows of 4096 (80 H100, two rows each, about 40 hours), Adam with a peak of
-2e-5 after 20,000 steps of warmup and a cosine to 10 %, attention annealed from causal to open over 10,000 steps, 1 % of the
-rows truncated, 1 % with a prefix that is not noised, the head read one position early (shift). Ours: weight decay 0.
-More tokens made it worse, the paper says.
+Any number of GPUs works that divides its 160 rows: 8, 16, 32, 40, 80.
+
+From the paper (§3 and appendix B.1): 65B tokens in 100,000 steps of 160 rows of 4096 (80 H100, two
+rows each, about 40 hours), Adam with a peak of 2e-5 after 20,000 steps of warmup and a cosine to
+10 %, attention annealed from causal to open over 10,000 steps, 1 % of the rows truncated, 1 % with
+a prefix that gets no noise, the head read one position early (shift). The paper says that more
+tokens made it worse. Ours: weight decay 0.
 
 Its second stage, mid-training on 16B tokens for four epochs, is the same with other numbers:
-    train.py config/diffucoder_7b.py --init_from=out/diffucoder_7b --out=out/diffucoder_7b_mid --data=data/annealing \\
-        --anneal_steps=0 --lr=1e-5 --min_lr=1e-6 --lr_warmup_steps=2000
-The data of the first (RefineCode and web pages of code) are to be had as lists of files alone; data/stack/code.json is open.
-Data: `python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code_7b --tokenizer=Qwen/Qwen2.5-Coder-7B
-    --bos_token="<|beginoftext|>"`.
+    train.py config/diffucoder_7b.py --init_from=out/diffucoder_7b --out=out/diffucoder_7b_mid \\
+        --data=data/annealing --anneal_steps=0 --lr=1e-5 --min_lr=1e-6 --lr_warmup_steps=2000
+
+Memory and time: `python train.py config/diffucoder_7b.py --dry_run=true --ranks=80`.
+Data: the first stage's (RefineCode and web pages of code) is published only as lists of files;
+data/stack/code.json is open. `python -m data.stack.prepare --mixture=data/stack/code.json \\
+    --out=data/code_7b --tokenizer=Qwen/Qwen2.5-Coder-7B --bos_token="<|beginoftext|>"`.
 """
 out = "out/diffucoder_7b"
 init_from = "Qwen/Qwen2.5-Coder-7B"

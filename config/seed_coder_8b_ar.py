@@ -2,10 +2,12 @@
 
     torchrun --nproc_per_node=8 train.py config/seed_coder_8b_ar.py
 
-Stable-DiffCoder's paper compares with an autoregressive model trained on the same data with the same budget; this is that
-run: every number is config/8b.py's but for the objective. A step takes about half of the time, a row being T tokens, not 2T.
+Stable-DiffCoder's paper compares with an autoregressive model trained on the same data with the
+same budget; this is that run. Every number is that of config/8b.py except for the objective. A step
+takes about half of the time, since a row is T tokens, not 2T.
 
-Data: config/8b.py's.
+Memory and time: `python train.py config/seed_coder_8b_ar.py --dry_run=true --ranks=8`.
+Data: that of config/8b.py.
 """
 out = "out/seed_coder_8b_ar"
 init_from = "ByteDance-Seed/Seed-Coder-8B-Base"

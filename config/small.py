@@ -1,11 +1,14 @@
-"""A block-diffusion coder of 126 M parameters on one GPU, in hours: large enough to write short functions.
+"""A block-diffusion coder of 126 M parameters on one GPU, in hours: it can write short functions.
 
-    python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code --tokens=3e9 --vocab_size=32768
-    python train.py config/small.py --objective=ar --out=out/small_ar --max_steps=3000      # the stage before diffusion
-    python train.py config/small.py --init_from=out/small_ar                                # block diffusion from its weights
+    python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code --tokens=3e9
+    python train.py config/small.py --objective=ar --out=out/small_ar --max_steps=3000
+    python train.py config/small.py --init_from=out/small_ar
 
-All numbers are ours; the recipe is Stable-DiffCoder's (K = 4, clipped, warmup, no shift). On eight GPUs:
-`torchrun --nproc_per_node=8 train.py config/small.py`. Memory and time: `python plan.py config/small.py --ranks=1`.
+The first of the two runs is the autoregressive stage before diffusion, the second block diffusion
+from its weights. All numbers are ours; the recipe is Stable-DiffCoder's (K = 4, clipped, warmup, no
+shift). On eight GPUs: `torchrun --nproc_per_node=8 train.py config/small.py`.
+
+Memory and time: `python train.py config/small.py --dry_run=true --ranks=1`.
 """
 out = "out/small"
 data = "data/code"

@@ -1,7 +1,8 @@
 """The stage before diffusion: a small autoregressive model of Python's standard library.
 
-Plays the part of Seed-Coder in Stable-DiffCoder's recipe. Two CPU cores, about two minutes.
+It has the place of Seed-Coder in Stable-DiffCoder's recipe. Two CPU cores, about two minutes.
 Data: `python -m data.stdlib.prepare`.
+Memory and time: `python train.py config/toy_ar.py --dry_run=true`.
 """
 out = "out/toy_ar"
 objective = "ar"

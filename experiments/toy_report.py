@@ -1,12 +1,17 @@
-"""How the demo's two models did, beside two yardsticks that need no training: prints a table, draws a plot.
+"""How the demo's two models did, beside two yardsticks that need no training: a table and a plot.
 
-    python -m experiments.toy_report            # reads out/toy_ar and out/toy, writes out/toy/report.md and loss.png
+    python -m experiments.toy_report    # reads out/toy_ar and out/toy
 
-The yardsticks: an interpolated Kneser-Ney 4-gram model counted on the very windows that the autoregressive stage
-trained on, and `xz -9` of the held-out files. The models and the n-gram model are scored on the same held-out windows.
+Writes out/toy/report.md and out/toy/loss.png. The yardsticks: an interpolated Kneser-Ney 4-gram
+model counted on the very windows that the autoregressive stage trained on, and `xz -9` of the
+held-out files. The models and the n-gram model are scored on the same held-out windows.
 
 Not covered: evaluation of any run (that is train.py's), pass@k.
 """
+if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints no traceback
+    from configurator import begin
+    begin()
+
 import json
 import lzma
 import math
@@ -18,69 +23,83 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-import checkpoint
-from configurator import configure
+import huggingface
+import sample
+from configurator import Float, Int, Mistake, Name, configure, shortened
+from files import read_json, read_text, write_text
 from loader import Windows
-from sample import generate
 
 matplotlib.use("Agg")  # draws to files, on machines without a screen too
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 @dataclass
 class Config:
-    ar: str = "out/toy_ar"  # run of the autoregressive stage
-    block: str = "out/toy"  # run of the block-diffusion stage
-    max_new_tokens: int = 48  # length of the three completions
+    ar: Name = "out/toy_ar"  # run of the autoregressive stage
+    block: Name = "out/toy"  # run of the block-diffusion stage
+    max_new_tokens: Int(1, 2**20) = 48  # length of the three completions
+    temperature: Float(0, 100) = 0.7  # of the three completions; 0: the most likely token
 
 
-PROMPTS = ("def fibonacci(n):\n", "class Stack:\n    def __init__(self):\n", "import os\nimport sys\n\ndef main(")
+PROMPTS = ("def fibonacci(n):\n",
+           "class Stack:\n    def __init__(self):\n",
+           "import os\nimport sys\n\ndef main(")
 ORDER, DISCOUNT = 4, 0.75
 
 
-def count_ngrams(windows):
-    """Kneser-Ney counts of (N, T) windows: per order n, {n-gram: count}, {context: total}, {context: distinct next tokens}.
+# --- yardsticks -----------------------------------------------------------------------------------
 
-    Orders below the highest count in how many different contexts an n-gram was seen (Kneser & Ney 1995).
+def count_ngrams(windows):
+    """Kneser-Ney counts of (N, T) windows, for each order from ORDER down to 1.
+
+    A table is ({n-gram: count}, {context: total}, {context: distinct next tokens}). Orders below
+    the highest count in how many different contexts an n-gram was seen (Kneser & Ney 1995).
     """
     T, tables = windows.shape[1], []
-    grams = Counter(zip(*(windows[:, i:T - ORDER + 1 + i].ravel().tolist() for i in range(ORDER))))
+    columns = [windows[:, i:T - ORDER + 1 + i].ravel().tolist() for i in range(ORDER)]
+    grams = Counter(zip(*columns))
     for _ in range(ORDER):
         total, distinct = Counter(), Counter()
-        for g, c in grams.items():
-            total[g[:-1]] += c
-            distinct[g[:-1]] += 1
+        for gram, count in grams.items():
+            total[gram[:-1]] += count
+            distinct[gram[:-1]] += 1
         tables.append((grams, total, distinct))
-        grams = Counter(g[1:] for g in grams)
+        grams = Counter(gram[1:] for gram in grams)
     return tables
 
 
 def ngram_probability(tables, context, token, vocab_size):
-    """p(token | context) by interpolation with absolute discounting; the shortest context backs off to uniform."""
+    """p(token | context) by interpolation with absolute discounting, from uniform upwards."""
     p = 1 / vocab_size
     for grams, total, distinct in reversed(tables):  # order 1 first
         n = len(next(iter(grams)))
         c = context[len(context) - n + 1:] if n > 1 else ()
         if total[c]:
-            p = (max(grams[(*c, token)] - DISCOUNT, 0) + DISCOUNT * distinct[c] * p) / total[c]
+            count = max(grams[(*c, token)] - DISCOUNT, 0)
+            p = (count + DISCOUNT * distinct[c] * p) / total[c]
     return p
 
 
 def ngram_bits_per_byte(train, val, tok, settings):
-    """Bits per byte of the n-gram model on the windows that train.py evaluates on, counting the tokens it scores."""
+    """Bits per byte of the n-gram model, counted over the tokens that train.py evaluates.
+
+    settings: of the autoregressive run, which say which windows it trained on.
+    """
     cfg = settings["config"]
     rows = settings["step"] * cfg["batch_tokens"] // cfg["context"]
-    tables = count_ngrams(np.stack([train.window(w)[0] for w in train.order(cfg["seed"], 0)[:rows]]))
-    bits = bytes_ = 0
+    numbers = train.order(cfg["seed"], 0)[:rows]
+    tables = count_ngrams(np.stack([train.window(number)[0] for number in numbers]))
+    bits = size = 0
     batch = val.batch(val.spread(cfg["eval_windows"]))
-    for x0, doc_start, maskable in tqdm(list(zip(batch.x0.tolist(), batch.doc_start.tolist(), batch.maskable.tolist())),
-                                        desc="n-gram", leave=False):
+    windows = list(zip(batch.x0.tolist(), batch.doc_start.tolist(), batch.maskable.tolist()))
+    for x0, doc_start, maskable in tqdm(windows, desc="n-gram", leave=False):
         for i in np.flatnonzero(maskable):
             context = tuple(x0[max(doc_start[i], i - ORDER + 1):i])
-            context = (-1,) * (ORDER - 1 - len(context)) + context  # -1 was never seen: shorter contexts take over
+            # -1 was never seen: shorter contexts take over
+            context = (-1,) * (ORDER - 1 - len(context)) + context
             bits -= math.log2(ngram_probability(tables, context, x0[i], tok.vocab_size))
-            bytes_ += int(tok.token_bytes[x0[i]])
-    return bits / bytes_
+            size += int(tok.token_bytes[x0[i]])
+    return bits / size
 
 
 def xz_bits_per_byte(val, tok):
@@ -89,53 +108,125 @@ def xz_bits_per_byte(val, tok):
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
+# --- runs -----------------------------------------------------------------------------------------
+
+NUMBERS = ("context", "batch_tokens", "seed", "eval_windows")  # of a run's settings that are read
+IN_STEPS = ("loss", "tokens", "tokens_per_s", "seconds")  # values of metrics that are read
+IN_EVALUATIONS = ("step", "val_nelbo", "val_bits_per_byte", "val_tokens", "seconds")
+
+
+def read_settings(run, objective):
+    """What a run was trained with: {"step": …, "config": …}. Raises Mistake for another objective.
+
+    The objective is what the run's own settings say, whatever its folder is called.
+    """
+    path = huggingface.find(run) / "state" / "train.json"
+    settings = read_json(path)
+    cfg = settings.get("config")
+    if not isinstance(cfg, dict) or type(settings.get("step")) is not int:
+        raise Mistake(f"{path} is not the settings of a run: it has no config or no step")
+    if cfg.get("objective") != objective:
+        raise Mistake(f"{run} was trained with objective={shortened(cfg.get('objective'))}, "
+                      f"where one with objective={objective!r} belongs: name another run")
+    for name in NUMBERS:
+        if type(cfg.get(name)) is not int or cfg[name] < 0:
+            raise Mistake(f"{path} is damaged: its {name} is {shortened(cfg.get(name))}, "
+                          "not an int from 0 up")
+    return settings
+
+
 def read_metrics(run):
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [m for m in lines if "loss" in m], [m for m in lines if "val_nelbo" in m]
+    """(steps, evaluations) of a run's metrics.jsonl, two lists of dicts."""
+    path = Path(run) / "metrics.jsonl"
+    steps, evaluations = [], []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            metrics = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise Mistake(f"{path}, line {number}, is not JSON: was it cut short? "
+                          "`train.py --resume=true` repairs an unfinished run") from error
+        if has_numbers(metrics, IN_STEPS):
+            steps.append(metrics)
+        elif has_numbers(metrics, IN_EVALUATIONS):
+            evaluations.append(metrics)
+        else:
+            raise Mistake(f"{path}, line {number}, is neither a step nor an evaluation")
+    if not steps or not evaluations:
+        raise Mistake(f"{path} has {len(steps)} steps and {len(evaluations)} evaluations; "
+                      "a report needs both")
+    return steps, evaluations
+
+
+def has_numbers(metrics, names):
+    return isinstance(metrics, dict) and all(type(metrics.get(n)) in (int, float) for n in names)
 
 
 def draw_losses(runs, path):
-    """Training loss and held-out NELBO of each run, in nats a token, over the tokens it trained on."""
+    """Training loss and held-out NELBO of each run, in nats per token, over the tokens it read."""
     figure, axes = plt.subplots(1, len(runs), figsize=(9, 3.4), sharey=True)
     for axis, (name, run) in zip(axes, runs.items()):
         steps, evaluations = read_metrics(run)
         per_step = steps[0]["tokens"] / 1e6
-        axis.plot([m["tokens"] / 1e6 for m in steps], [m["loss"] for m in steps], lw=0.8, label="training loss")
-        axis.plot([m["step"] * per_step for m in evaluations], [m["val_nelbo"] for m in evaluations], "o-", label="held-out NELBO")
+        axis.plot([m["tokens"] / 1e6 for m in steps], [m["loss"] for m in steps], lw=0.8,
+                  label="training loss")
+        axis.plot([m["step"] * per_step for m in evaluations],
+                  [m["val_nelbo"] for m in evaluations], "o-", label="held-out NELBO")
         axis.set(title=name, xlabel="million tokens")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("nats a token")
+    axes[0].set_ylabel("nats per token")
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def main():
-    cfg, _ = configure(Config)
-    model, tok, recipe = checkpoint.load(cfg.block)
-    ar_settings = checkpoint.read_json(checkpoint.find(cfg.ar) / "state" / "train.json")
-    data, T = ar_settings["config"]["data"], ar_settings["config"]["context"]
+# --- the report -----------------------------------------------------------------------------------
+
+def table_row(name, run):
+    """A run's line of the table."""
+    steps, evaluations = read_metrics(run)
+    speed = np.median([m["tokens_per_s"] for m in steps])
+    seconds = sum(m["seconds"] for m in steps + evaluations)
+    return (f"| {name} | {evaluations[-1]['val_bits_per_byte']:.3f} | {speed:,.0f} | "
+            f"{seconds:.0f} |")
+
+
+def completion(prompt, model, tok, recipe, report):
+    """Markdown: a prompt and what the model writes after it. report: this script's settings."""
+    cfg = sample.Config(prompt=prompt, max_new_tokens=report.max_new_tokens,
+                        temperature=report.temperature)
+    (ids,), _ = sample.generate(model, tok, recipe, sample.prompt_ids(cfg, tok, model), cfg)
+    return f"\n```python\n{prompt}{tok.decode(ids)}\n```"
+
+
+def main(argv=None):
+    cfg, _ = configure(Config, argv)
+    settings = read_settings(cfg.ar, "ar")
+    read_settings(cfg.block, "block")
+    model, tok, recipe = huggingface.load(cfg.block)
+    data, T = settings["config"].get("data"), settings["config"]["context"]
+    if not isinstance(data, str):
+        raise Mistake(f"the settings of {cfg.ar} name no data folder: data is {shortened(data)}")
     train, val = (Windows(data, split, T, tok.vocab_size) for split in ("train", "val"))
 
-    lines = ["| model | bits a byte, held out | tokens a second | seconds |", "|---|---|---|---|"]
-    for name, run in (("autoregressive", cfg.ar), (f"block diffusion, K = {recipe.block_size} (NELBO)", cfg.block)):
-        steps, evaluations = read_metrics(run)
-        speed = np.median([m["tokens_per_s"] for m in steps])
-        lines.append(f"| {name} | {evaluations[-1]['val_bits_per_byte']:.3f} | {speed:,.0f} | "
-                     f"{sum(m['seconds'] for m in steps + evaluations):.0f} |")
-    lines.append(f"| {ORDER}-gram, Kneser-Ney | {ngram_bits_per_byte(train, val, tok, ar_settings):.3f} | | |")
-    lines.append(f"| xz -9, all held-out files as one stream | {xz_bits_per_byte(val, tok):.3f} | | |")
-    lines.append(f"\nThe autoregressive stage and the {ORDER}-gram saw the same training windows, the block stage then the first of "
-                 f"them again; all three are scored on the same {evaluations[-1]['val_tokens']:,} held-out tokens.")
-
-    for prompt in PROMPTS:
-        (ids,), _ = generate(model, tok, recipe, [tok.bos_id, *tok.encode(prompt)], max_new_tokens=cfg.max_new_tokens)
-        lines.append(f"\n```python\n{prompt}{tok.decode(ids)}\n```")
+    diffusion = f"block diffusion, K = {recipe.block_size} (NELBO)"
+    ngram = ngram_bits_per_byte(train, val, tok, settings)
+    scored = read_metrics(cfg.block)[1][-1]["val_tokens"]
+    lines = ["| model | bits per byte, held out | tokens per second | seconds |",
+             "|---|---|---|---|",
+             table_row("autoregressive", cfg.ar),
+             table_row(diffusion, cfg.block),
+             f"| {ORDER}-gram, Kneser-Ney | {ngram:.3f} | | |",
+             f"| xz -9, all held-out files as one stream | {xz_bits_per_byte(val, tok):.3f} | | |",
+             f"\nThe autoregressive stage and the {ORDER}-gram saw the same training windows. The "
+             "block stage then saw the first of them again. All three are scored on the same "
+             f"{scored:,} held-out tokens."]
+    lines += [completion(prompt, model, tok, recipe, cfg) for prompt in PROMPTS]
     report = "\n".join(lines) + "\n"
     print(report)
-    (Path(cfg.block) / "report.md").write_text(report)
-    draw_losses({"autoregressive": cfg.ar, "block diffusion": cfg.block}, Path(cfg.block) / "loss.png")
-    print(f"written to {Path(cfg.block) / 'report.md'} and {Path(cfg.block) / 'loss.png'}")
+    out = Path(cfg.block)
+    write_text(out / "report.md", report)
+    draw_losses({"autoregressive": cfg.ar, "block diffusion": cfg.block}, out / "loss.png")
+    print(f"written to {out / 'report.md'} and {out / 'loss.png'}")
 
 
 if __name__ == "__main__":

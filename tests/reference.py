@@ -1,9 +1,15 @@
-"""What several tests compare with: written independently of the code, slow and plain.
+"""What several tests share.
 
-Rows of packed documents, who sees whom pair by pair, and attention as a float64 softmax.
+What they compare with is written independently of the code, slow and plain: rows of packed
+documents, who sees whom pair by pair, and attention as a float64 softmax. At the end, a folder of
+a tiny model.
 """
 import torch
 from hypothesis import strategies as st
+
+from diffusion import Recipe
+from huggingface import load_tokenizer, write_model
+from model import ModelConfig, Transformer
 
 # objective: (block size, is there a noisy half). "K" is the recipe's, None a whole document.
 ATTENTION_OF = {
@@ -93,3 +99,31 @@ def with_gradients(function, q, k, v, g, dtype):
     out = function(q, k, v)
     grads = torch.autograd.grad(out, (q, k, v), g.to(dtype), materialize_grads=True)
     return [x.detach().double() for x in (out, *grads)]
+
+
+# --- a folder of a tiny model --------------------------------------------------------------------
+
+def write_tiny_run(run, data_folder, context=64, **recipe):
+    """A run with one checkpoint of a block model, K = 4, that writes "x" and "y" and never ends.
+
+    Every hidden state prefers one of these two: their rows of the head are h and -h, all others 0.
+    run: a folder, which is made. data_folder: has the tokenizer. recipe: other settings of Recipe.
+    Returns the checkpoint's folder.
+    """
+    tok = load_tokenizer(data_folder)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(tok.vocab_size, 16, 2, 2, 1, 8, 24, context,
+                                    tie_embeddings=False))
+    (x,), (y,) = tok.encode("x"), tok.encode("y")
+    with torch.no_grad():
+        model.embed_tokens.weight.normal_()
+        h = torch.randn(16)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[x] = h
+        model.lm_head.weight[y] = -h
+    folder = run / "step_0000001"
+    folder.mkdir(parents=True)
+    settings = {"objective": "block", "block_size": 4, "mask_id": tok.mask_id} | recipe
+    write_model(folder, model, tok, Recipe(**settings))
+    (run / "latest").write_text(folder.name)
+    return folder

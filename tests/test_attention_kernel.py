@@ -17,6 +17,7 @@ from reference import ATTENTION_OF, packed, packings, softmax_attention, who_see
 import attention_kernel
 import spans as spans_file
 from attention_kernel import attention
+from configurator import Mistake
 from diffusion import Recipe, spans_for
 from model import ModelConfig, Transformer
 from spans import Spans
@@ -195,6 +196,33 @@ def test_a_hidden_state_moves_only_with_what_it_may_see(rows, objective, K, n_la
         moved = moved.abs().amax(-1).T  # [i, j]: hidden state i by token j
     assert (moved[~reaches] == 0).all()
     assert (moved[sees] > 0).all()
+
+
+# --- the benchmark, as far as it goes without a GPU -----------------------------------------------
+
+@pytest.mark.parametrize("words, message", [
+    (["--smoke=true", "--out=/no/such/folder/x.md"], "out=/no/such/folder/x.md cannot be written"),
+    (["--smoke=true", "--repeats=0"], "repeats is an int from 1"),
+    (["--smoke=true", "--sizes=[64, 0]"], "sizes holds 0"),
+    (["--smoke=true", "--blocks=[]"], "blocks is empty"),
+    (["--smoke=true", "--heads=3", "--kv_heads=2"], "kv_heads=2 must divide heads=3"),
+    pytest.param([], "needs a CUDA GPU", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is one")),
+])
+def test_the_benchmark_measures_nothing_before_its_settings_are_right(words, message, monkeypatch):
+    from bench import attention as bench
+
+    monkeypatch.setattr(bench, "milliseconds", None)
+    with pytest.raises(Mistake, match=message):
+        bench.main(words)
+
+
+def test_the_table_of_resources_is_not_computed_for_a_file_that_cannot_be_written(monkeypatch):
+    from bench import kernel_resources
+
+    monkeypatch.setattr(kernel_resources, "compiled", None)
+    with pytest.raises(Mistake, match="cannot be written"):
+        kernel_resources.main(["--out=/no/such/folder/x.md"])
 
 
 # --- the kernel, as far as a machine without a GPU can tell ---------------------------------------

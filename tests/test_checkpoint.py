@@ -1,9 +1,15 @@
-"""Checkpoint folders: what is written comes back, only whole ones are ever seen, old ones go."""
+"""Checkpoints: what is written comes back, only complete ones are ever seen, old ones go."""
+
 import errno
 import json
+import os
+import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +32,10 @@ def save(run, step, model, tok, keep=2):
     checkpoint.save(run, step, model, optimizer, tok, RECIPE, {"machine": {}}, keep)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True, "rope_theta": 5e5}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"tie_embeddings": False}, {"qkv_bias": True}, {"qk_norm": True, "rope_theta": 5e5}],
+)
 def test_a_saved_model_comes_back_bit_for_bit(data_folder, tmp_path, kwargs):
     tok = load_tokenizer(data_folder)
     model = small_model(tok, **kwargs)
@@ -34,7 +43,9 @@ def test_a_saved_model_comes_back_bit_for_bit(data_folder, tmp_path, kwargs):
     again, tok2, recipe = huggingface.load(tmp_path / "run")
     assert again.cfg == model.cfg and tok2.json == tok.json
     assert (recipe.objective, recipe.shift, recipe.block_size) == ("block", False, 4)
-    for (name, p), (name2, q) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    for (name, p), (name2, q) in zip(
+        model.state_dict().items(), again.state_dict().items(), strict=True
+    ):
         assert name == name2 and torch.equal(p, q)
 
 
@@ -42,7 +53,10 @@ def test_latest_is_found_old_ones_go_and_the_newest_run_wins(data_folder, tmp_pa
     tok = load_tokenizer(data_folder)
     for step in (1, 2, 3):
         save(tmp_path / "a", step, small_model(tok), tok, keep=2)
-    assert sorted(p.name for p in (tmp_path / "a").glob("step_*")) == ["step_0000002", "step_0000003"]
+    assert sorted(p.name for p in (tmp_path / "a").glob("step_*")) == [
+        "step_0000002",
+        "step_0000003",
+    ]
     assert huggingface.find(tmp_path / "a").name == "step_0000003"
     assert huggingface.find(tmp_path / "a" / "step_0000002").name == "step_0000002"
     save(tmp_path / "b", 1, small_model(tok), tok)
@@ -52,7 +66,9 @@ def test_latest_is_found_old_ones_go_and_the_newest_run_wins(data_folder, tmp_pa
 
 
 @pytest.mark.parametrize("broken", ["huggingface.save_file", "torch.save", "os.replace"])
-def test_a_save_that_fails_leaves_the_one_before_and_no_litter(data_folder, tmp_path, monkeypatch, broken):
+def test_a_save_that_fails_leaves_the_one_before_and_no_litter(
+    data_folder, tmp_path, monkeypatch, broken
+):
     tok = load_tokenizer(data_folder)
     save(tmp_path / "run", 1, small_model(tok), tok)
 
@@ -61,7 +77,9 @@ def test_a_save_that_fails_leaves_the_one_before_and_no_litter(data_folder, tmp_
 
     with monkeypatch.context() as m:
         m.setattr(broken, full)
-        with pytest.raises(OSError, match="could not save .*No space left.*last good checkpoint is .*step_0000001"):
+        with pytest.raises(
+            OSError, match="could not save .*No space left.*last good checkpoint is .*step_0000001"
+        ):
             save(tmp_path / "run", 2, small_model(tok), tok)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["latest", "step_0000001"]
     huggingface.load(tmp_path / "run")
@@ -74,7 +92,7 @@ def test_weights_cut_short_anywhere_are_refused_in_a_sentence(tmp_path_factory, 
     save(tmp / "run", 1, small_model(tok), tok)
     path = tmp / "run" / "step_0000001" / "model.safetensors"
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(len(whole) * share)])
+    path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(ValueError, match="is damaged"):
         huggingface.load(tmp / "run")
 
@@ -89,15 +107,22 @@ def test_weights_of_another_shape_are_refused(data_folder, tmp_path):
         with pytest.raises(ValueError, match="does not fit its config.json"):
             huggingface.load(folder)
     for rope in ({"type": "linear", "factor": 4.0}, {"rope_type": "yarn"}):
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "rope_parameters"}
-                                                       | {"rope_scaling": rope}))
+        (folder / "config.json").write_text(
+            json.dumps(
+                {k: v for k, v in config.items() if k != "rope_parameters"} | {"rope_scaling": rope}
+            )
+        )
         with pytest.raises(ValueError, match="in config.json is not supported: only"):
             huggingface.load(folder)
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "intermediate_size"}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "intermediate_size"})
+    )
     with pytest.raises(ValueError, match="does not say intermediate_size"):
         huggingface.load(folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="'gpt2' in config.json is not one of .*llama, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match="'gpt2' in config.json is not one of .*llama, qwen2, qwen3"
+    ):
         huggingface.load(folder)
 
 
@@ -108,3 +133,193 @@ def test_metrics_are_cut_back_to_the_step_and_a_half_written_line_goes(tmp_path)
     checkpoint.cut_metrics(path, 4)
     assert path.read_text().splitlines() == lines[:4]
     checkpoint.cut_metrics(tmp_path / "none.jsonl", 4)  # a run that never wrote any
+
+
+# --- pruning removes what `save` made, and nothing else ---------------------------------------------
+
+
+@pytest.fixture
+def tok(data_folder):
+    return load_tokenizer(data_folder)
+
+
+def names_in(run):
+    return sorted(p.name for p in run.iterdir())
+
+
+def test_pruning_leaves_folders_of_other_names_alone(tok, tmp_path):
+    run = tmp_path / "run"
+    save(run, 20, small_model(tok), tok, keep=1)
+    others = ["step_best", "step_0000015_backup", "step_", "step_15.old", "my_step_0000001"]
+    for name in others:
+        shutil.copytree(run / "step_0000020", run / name)
+    (run / "step_0000001").write_text("a file")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(run / "step_0000020", elsewhere)
+    (run / "step_0000002").symlink_to(elsewhere)
+    save(run, 30, small_model(tok), tok, keep=1)
+    assert names_in(run) == sorted(
+        [*others, "latest", "step_0000001", "step_0000002", "step_0000030"]
+    )
+    assert (elsewhere / "config.json").is_file()
+    assert huggingface.find(run).name == "step_0000030"
+
+
+def test_checkpoints_are_pruned_in_the_order_of_their_numbers(tok, tmp_path):
+    run = tmp_path / "run"
+    for step in (9_999_998, 9_999_999, 10_000_000):
+        save(run, step, small_model(tok), tok, keep=2)
+    assert names_in(run) == ["latest", "step_10000000", "step_9999999"]
+
+
+def test_what_latest_names_is_never_pruned(tok, tmp_path):
+    """Checkpoints with higher numbers are there: the run went on from an older one."""
+    run = tmp_path / "run"
+    for step in (20, 30):
+        save(run, step, small_model(tok), tok)
+    save(run, 10, small_model(tok), tok, keep=1)
+    assert names_in(run) == ["latest", "step_0000010", "step_0000030"]
+    assert huggingface.find(run).name == "step_0000010"
+
+
+def test_a_step_that_is_a_link_is_replaced_and_what_it_points_to_stays(tok, tmp_path):
+    run = tmp_path / "run"
+    save(run, 1, small_model(tok), tok)
+    os.replace(run / "step_0000001", tmp_path / "moved")
+    (run / "step_0000001").symlink_to(tmp_path / "moved")
+    save(run, 1, small_model(tok), tok)
+    assert (
+        not (run / "step_0000001").is_symlink() and (tmp_path / "moved" / "config.json").is_file()
+    )
+
+
+def test_files_are_on_the_disk_before_the_folder_and_latest_get_their_names(
+    tok, tmp_path, monkeypatch
+):
+    """What a power cut would leave: nothing is renamed before it was synced."""
+    synced, renamed = set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(fd):
+        synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def noting_replace(source, target):
+        inside = [source] if os.path.isfile(source) else Path(source).rglob("*")
+        renamed.append(Path(target).name)
+        if Path(target).name != "discarded.tmp":
+            assert {str(p) for p in inside} | {str(source)} <= synced, target
+        replace(source, target)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to tell which file is synced")
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    save(tmp_path / "run", 1, small_model(tok), tok)
+    assert renamed[-2:] == ["step_0000001", "latest"]
+    assert str(tmp_path / "run") in synced
+
+
+# --- what strangers wrote into state/ runs no code --------------------------------------------------
+
+
+class Evil:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def saved(tok, tmp_path):
+    """(run, model, a new optimizer) of a run with a checkpoint of one optimizer step."""
+    model = small_model(tok)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    checkpoint.save(tmp_path / "run", 1, model, optimizer, tok, RECIPE, {"config": {}}, 2)
+    optimizer.zero_grad()
+    return tmp_path / "run", model, torch.optim.AdamW(model.parameters())
+
+
+def state_of(run):
+    return run / "step_0000001" / "state" / "optimizer"
+
+
+def test_state_comes_back(saved):
+    run, model, optimizer = saved
+    assert checkpoint.load_state(run, model, optimizer) == {"step": 1, "config": {}}
+    state = optimizer.state[model.embed_tokens.weight]
+    assert state["step"] == 1 and torch.allclose(state["exp_avg"], torch.tensor(0.1))
+
+
+def test_a_hostile_table_of_contents_runs_no_code(saved, tmp_path):
+    run, model, optimizer = saved
+    (state_of(run) / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(Mistake, match="is damaged .*mkdir, which no checkpoint needs"):
+        checkpoint.load_state(run, model, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_hostile_values_run_no_code(saved, tmp_path):
+    """The numbers beside the tensors, such as the learning rate, are pickled too."""
+    run, model, optimizer = saved
+    state = checkpoint.optimizer_state(model, optimizer)
+    state["param_groups.norm.weight.lr"] = Evil(tmp_path / "ran")
+    dcp.save(state, checkpoint_id=str(state_of(run)), no_dist=True)
+    with pytest.raises(Mistake, match="is damaged"):
+        checkpoint.load_state(run, model, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_hostile_tensor_runs_no_code(saved, tmp_path):
+    run, model, optimizer = saved
+    for path in state_of(run).glob("*.distcp"):
+        path.write_bytes(pickle.dumps(Evil(tmp_path / "ran")) * 1000)
+    with pytest.raises(Mistake, match="is damaged"):
+        checkpoint.load_state(run, model, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../../stolen", "/etc/passwd", "..", "a/b"])
+def test_a_table_of_contents_cannot_point_out_of_its_folder(saved, name):
+    run, model, optimizer = saved
+    path = state_of(run) / ".metadata"
+    metadata = pickle.loads(path.read_bytes())  # ours
+    for place in metadata.storage_data.values():
+        place.relative_path = name
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(Mistake, match="names a file outside of its folder"):
+        checkpoint.load_state(run, model, optimizer)
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(st.binary(max_size=60), st.floats(0, 0.999))
+def test_a_damaged_state_is_one_line(tmp_path_factory, data_folder, junk, share):
+    tmp, tok = tmp_path_factory.mktemp("state"), load_tokenizer(data_folder)
+    model = small_model(tok)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save(tmp / "run", 1, model, tok)
+    path = state_of(tmp / "run") / ".metadata"
+    content = path.read_bytes()
+    place = int(len(content) * share)
+    for damaged in (content[:place], content[:place] + junk + content[place + len(junk) :]):
+        path.write_bytes(damaged)
+        try:
+            checkpoint.load_state(tmp / "run", model, optimizer)
+        except Mistake as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"step": "1"}', '{"step": -1}', "[]", "{", '{"step": true}']
+)
+def test_a_train_json_that_does_not_say_the_step_is_refused(saved, text):
+    run, model, optimizer = saved
+    (run / "step_0000001" / "state" / "train.json").write_text(text)
+    with pytest.raises(Mistake, match="train.json"):
+        checkpoint.load_state(run, model, optimizer)

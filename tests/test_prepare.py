@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from huggingface import load_tokenizer
 from loader import Windows
-from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCTS = ["train.bin", "train.idx", "val.bin", "val.idx", "tokenizer.json",
@@ -55,7 +55,7 @@ def documents(out, split):
 
 
 def texts_of(out, split):
-    tok = Tokenizer(out)
+    tok = load_tokenizer(out)
     return [tok.decode(d[1:-1]) for d in documents(out, split)]
 
 
@@ -107,7 +107,7 @@ def expected_texts(split):
 
 def test_a_document_is_bos_a_files_tokens_and_eos_in_the_order_of_paths(prepared):
     _, out, _ = prepared
-    tok = Tokenizer(out)
+    tok = load_tokenizer(out)
     for split in ("train", "val"):
         expected = expected_texts(split)
         ids = [[tok.bos_id, *tok.encode(text), tok.eos_id] for text in expected]
@@ -139,7 +139,7 @@ def test_meta_says_what_was_made(prepared):
 def test_the_loader_reads_it(prepared):
     out = prepared[1]
     for split in ("train", "val"):
-        windows = Windows(out, split, 16, Tokenizer(out).vocab_size)
+        windows = Windows(out, split, 16, load_tokenizer(out).vocab_size)
         assert len(windows) == sum(map(len, documents(out, split))) // 16
 
 
@@ -148,7 +148,7 @@ def test_the_tokenizer_is_trained_on_the_train_split_alone(copied, tmp_path):
     path = next(p for p in TEXTS if held_out(p))
     (source / path).write_text("quokka_" * 500)
     prepare(source, out)
-    assert not any(b"quok" in Tokenizer(out).bytes_of(i) for i in range(280))
+    assert not any(b"quok" in load_tokenizer(out).bytes_of(i) for i in range(280))
 
 
 def test_the_second_run_does_nothing_and_says_so(copied):
@@ -203,7 +203,7 @@ def test_a_file_stays_on_its_side_of_the_split_when_others_come_and_no_text_is_o
 
 def test_where_the_text_gives_fewer_ids_than_asked_for_meta_counts_those(prepared, tmp_path):
     prepare(prepared[0], tmp_path, "--vocab_size=70000")
-    tok = Tokenizer(tmp_path)
+    tok = load_tokenizer(tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert tok.vocab_size < 1000 and meta["vocab_size"] == tok.vocab_size
     assert len(Windows(tmp_path, "train", 16, tok.vocab_size)) > 0
@@ -245,7 +245,7 @@ def test_a_tokenizer_of_others_gives_documents_as_its_tokenizer_config_says_and_
               "chat_template": "{{ eos_token }}"}
     (theirs / "tokenizer_config.json").write_text(json.dumps(config))
     prepare(source, tmp_path / "new", f"--tokenizer={theirs}")
-    tok = Tokenizer(tmp_path / "new")
+    tok = load_tokenizer(tmp_path / "new")
     assert (tok.bos_id, tok.eos_id, tok.mask_id) == (None, 3, 280) and tok.chat([{}]) == [3]
     meta = json.loads((tmp_path / "new" / "meta.json").read_text())
     assert meta["vocab_size"] == tok.vocab_size == 281

@@ -1,4 +1,5 @@
-"""data/stack/prepare.py and sources.py: what they read and write, whatever the workers, and whenever they are killed."""
+"""data/stack/prepare.py and sources.py: what they read and write, whatever the workers, and
+whenever they are killed."""
 import gzip
 import io
 import json
@@ -22,11 +23,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configurator import Mistake
 from data.stack import prepare as stack
 from data.stack.prepare import Config
-from data.stack.sources import ENDINGS, fault, lines, read_mixture, read_texts
+from data.stack.sources import ENDINGS, chunks, fault, lines, read_mixture, read_texts
+from huggingface import load_tokenizer
 from loader import Windows
-from tokenizer import Tokenizer, train_tokenizer
+from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD = ["é日🙂 <eos>\r\n\tx  ", "a\u2028b\x00c\x85d", "\n\n\n   x", "'\"\\n"]
@@ -35,7 +38,11 @@ ODD = ["é日🙂 <eos>\r\n\tx  ", "a\u2028b\x00c\x85d", "\n\n\n   x", "'\"\\n"]
 def texts_of(count, seed=0, size=8):
     """Texts, each unlike all others."""
     draw = random.Random(seed)
-    return [f"# {seed} {i} {ODD[i % 4]}\n" + f"def f{i}(x):\n    return x[{i}]\n" * draw.randint(1, size) for i in range(count)]
+    texts = []
+    for i in range(count):
+        functions = f"def f{i}(x):\n    return x[{i}]\n" * draw.randint(1, size)
+        texts.append(f"# {seed} {i} {ODD[i % 4]}\n" + functions)
+    return texts
 
 
 def write_lines(path, texts, **columns):
@@ -43,12 +50,15 @@ def write_lines(path, texts, **columns):
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"text": t, **{k: v[i] for k, v in columns.items()}} for i, t in enumerate(texts)]
     if path.suffix == ".parquet":
-        return pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
+        table = pyarrow.Table.from_pylist(rows)
+        return pyarrow.parquet.write_table(table, path, row_group_size=7)
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if path.suffix == ".gz":
-        content = gzip.compress(content[:50]) + gzip.compress(content[50:])  # several members, as of `cat a.gz b.gz`
+        # several members, as of `cat a.gz b.gz`
+        content = gzip.compress(content[:50]) + gzip.compress(content[50:])
     elif path.suffix == ".zst":
-        content = b"".join(zstandard.ZstdCompressor().compress(c) for c in (content[:50], content[50:]))
+        frames = (zstandard.ZstdCompressor().compress(c) for c in (content[:50], content[50:]))
+        content = b"".join(frames)
     path.write_bytes(content)
 
 
@@ -69,7 +79,8 @@ def command(out, *words):
 
 def run(out, *words, fails=False):
     """Run as a command. Returns what it printed, or where it must fail its one line of error."""
-    ran = subprocess.run(command(out, *words), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command(out, *words), cwd=ROOT, capture_output=True, text=True,
+                         timeout=120)
     assert (ran.returncode != 0) == fails, ran.stderr
     last = ran.stderr.splitlines()[-1] if ran.stderr else ""
     if fails:
@@ -79,23 +90,26 @@ def run(out, *words, fails=False):
 
 def documents(out, split):
     """The documents of a split as lists of ids, and the lengths of its shards."""
-    dtype = np.uint16 if json.loads((out / "meta.json").read_text())["vocab_size"] <= 2**16 else np.uint32
-    found, sizes = [], []
+    vocab_size = json.loads((out / "meta.json").read_text())["vocab_size"]
+    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
+    cut, sizes = [], []
     for path in sorted(out.glob(f"{split}_*.bin")):
-        tokens, offsets = np.fromfile(path, dtype), np.fromfile(path.with_suffix(".idx"), np.int64)
+        tokens = np.fromfile(path, dtype)
+        offsets = np.fromfile(path.with_suffix(".idx"), np.int64)
         assert offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) > 0).all()
-        found += [tokens[a:b].tolist() for a, b in zip(offsets, offsets[1:])]
+        cut += [tokens[a:b].tolist() for a, b in zip(offsets, offsets[1:])]
         sizes.append(len(tokens))
-    return found, sizes
+    return cut, sizes
 
 
 def texts(out, split):
-    tok = Tokenizer(out)
+    tok = load_tokenizer(out)
     return [tok.decode(d[1:-1]) for d in documents(out, split)[0]]
 
 
 def mixture(path, *sources):
-    path.write_text(json.dumps([{"name": f"s{i}", "weight": 1, "text": "text"} | s for i, s in enumerate(sources)]))
+    listed = [{"name": f"s{i}", "weight": 1, "text": "text"} | s for i, s in enumerate(sources)]
+    path.write_text(json.dumps(listed))
     return str(path)
 
 
@@ -109,7 +123,7 @@ def tok(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A folder of 8 files in all formats, 40 texts each, half a dozen of which are in several files."""
+    """A folder of 8 files in all formats, 40 texts each and 6 that are in every file."""
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(8):
         write_lines(folder / f"f{i}{ENDINGS[i % 4]}", texts_of(40, i) + texts_of(6, 99))
@@ -122,14 +136,16 @@ def test_every_format_gives_the_same_bytes_and_every_document_is_its_text(tmp_pa
     wanted, made = texts_of(60), []
     for ending in ENDINGS:
         write_lines(tmp_path / ending / f"a{ending}", wanted)
-        made.append(prepare(tmp_path / f"out{ending}", source=str(tmp_path / ending), tokenizer=tok))
+        source = str(tmp_path / ending)
+        made.append(prepare(tmp_path / f"out{ending}", source=source, tokenizer=tok))
         del made[-1]["meta.json"]  # which names the source
-    assert all(m == made[0] for m in made) and {"train_00000.bin", "val_00000.idx", "tokenizer.json"} <= made[0].keys()
+    assert all(m == made[0] for m in made)
+    assert {"train_00000.bin", "val_00000.idx", "tokenizer.json"} <= made[0].keys()
     out = tmp_path / "out.parquet"
     held_out = [stack.is_val(stack.digest_of(t), 20) for t in wanted]
     assert texts(out, "train") == [t for t, h in zip(wanted, held_out) if not h]
     assert texts(out, "val") == [t for t, h in zip(wanted, held_out) if h] and any(held_out)
-    t = Tokenizer(out)
+    t = load_tokenizer(out)
     assert all(d[0] == t.bos_id and d[-1] == t.eos_id and not {t.bos_id, t.eos_id} & set(d[1:-1])
                for d in documents(out, "train")[0])
 
@@ -137,7 +153,7 @@ def test_every_format_gives_the_same_bytes_and_every_document_is_its_text(tmp_pa
 @given(st.lists(st.binary(max_size=9)), st.integers(1, 7))
 def test_lines_are_those_between_line_ends_whatever_the_chunks(parts, size):
     content = b"\n".join(parts)
-    assert list(lines(io.BytesIO(content), size)) == content.split(b"\n")
+    assert list(lines(chunks(io.BytesIO(content), size))) == content.split(b"\n")
 
 
 @settings(max_examples=30, deadline=None)
@@ -145,8 +161,8 @@ def test_lines_are_those_between_line_ends_whatever_the_chunks(parts, size):
 def test_any_text_comes_through_a_file(texts):
     fs = fsspec.filesystem("memory")
     fs.pipe("/any/a.jsonl", "".join(json.dumps({"text": t}) + "\n\n" for t in texts).encode())
-    found = list(read_texts("memory://any/a.jsonl", {"text": "text"}, 1000))
-    assert found == [("", fault(t, 1000)) if fault(t, 1000) else (t, "") for t in texts]
+    read = list(read_texts("memory://any/a.jsonl", {"text": "text"}, 1000))
+    assert read == [("", fault(t, 1000)) if fault(t, 1000) else (t, "") for t in texts]
 
 
 def test_urls_globs_folders_and_lists_name_the_same_files(tmp_path, tok):
@@ -158,14 +174,15 @@ def test_urls_globs_folders_and_lists_name_the_same_files(tmp_path, tok):
     local = f"{tmp_path}/in"
     made = []
     listed = [f"{local}/b.jsonl", f"{local}/a.jsonl", f"{local}/*.jsonl"]
-    for i, source in enumerate([local, f"{local}/*", f"{local}/?.jsonl", f"file://{local}/*.jsonl", "memory://in/*",
-                                "memory://in", listed]):
+    sources = [local, f"{local}/*", f"{local}/?.jsonl", f"file://{local}/*.jsonl",
+               "memory://in/*", "memory://in", listed]
+    for i, source in enumerate(sources):
         path = mixture(tmp_path / "m.json", {"source": source})
         made.append(prepare(tmp_path / f"out{i}", mixture=path, tokenizer=tok))
         del made[-1]["meta.json"]
     assert all(m == made[0] for m in made)
-    first = [t for t in texts_of(20, ord("a")) if not stack.is_val(stack.digest_of(t), 20)]
-    assert texts(tmp_path / "out0", "train")[:len(first)] == first  # by name: a before b
+    of_a = [t for t in texts_of(20, ord("a")) if not stack.is_val(stack.digest_of(t), 20)]
+    assert texts(tmp_path / "out0", "train")[:len(of_a)] == of_a  # by name: a before b
 
 
 def test_a_document_in_several_files_and_sources_is_written_where_it_was_first(tmp_path, tok):
@@ -189,15 +206,16 @@ def test_languages_are_filtered_and_what_is_left_out_is_counted(tmp_path, tok):
     path = mixture(tmp_path / "m.json", {"source": f"{tmp_path}/[ab].*", "language_column": "lang",
                                          "languages": ["Python", "Go"]})
     prepare(tmp_path / "out", mixture=path, tokenizer=tok, max_chars=2000)
-    found = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
-    assert sorted(found) == sorted(good[::3])
+    written = texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")
+    assert sorted(written) == sorted(good[::3])
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["sources"][0]["left_out"] == {
         "empty": 3, "not Unicode": 1, "other language": 20, "too long": 1}
 
 
 def test_a_million_blanks_which_make_tiktoken_panic_are_left_out_and_said_so(tmp_path, tok, capfd):
     fine = ["x" + " " * 100_000 + "y", "w" * 300_000, *texts_of(20)]
-    write_lines(tmp_path / "a.jsonl", [fine[0], " " * 1_000_001 + "x", fine[1], "x" + "\n\t " * 40_000 + "x", *fine[2:]])
+    many = ["x" + "\n\t " * 40_000 + "x", " " * 1_000_001 + "x"]
+    write_lines(tmp_path / "a.jsonl", [fine[0], many[1], fine[1], many[0], *fine[2:]])
     prepare(tmp_path / "out", source=f"{tmp_path}/a.jsonl", tokenizer=tok, max_chars=2_000_000)
     assert sorted(texts(tmp_path / "out", "train") + texts(tmp_path / "out", "val")) == sorted(fine)
     assert "; 2 left out: too much white space in a row\n" in capfd.readouterr().out
@@ -209,10 +227,13 @@ def test_shards_hold_at_most_so_many_tokens_and_the_loader_reads_them(tmp_path, 
     prepare(tmp_path / "whole", source=str(corpus), tokenizer=tok)
     prepare(tmp_path / "cut", source=str(corpus), tokenizer=tok, shard_tokens=1000)
     for split in ("train", "val"):
-        whole, (cut, sizes) = documents(tmp_path / "whole", split)[0], documents(tmp_path / "cut", split)
+        whole = documents(tmp_path / "whole", split)[0]
+        cut, sizes = documents(tmp_path / "cut", split)
         assert cut == whole and len(sizes) > 2 and max(sizes) <= 1000
-        firsts = [np.fromfile(path, np.int64)[1] for path in sorted((tmp_path / "cut").glob(f"{split}_*.idx"))]
-        assert all(size + first > 1000 for size, first in zip(sizes, firsts[1:]))  # no shard is cut early
+        paths = sorted((tmp_path / "cut").glob(f"{split}_*.idx"))
+        firsts = [np.fromfile(path, np.int64)[1] for path in paths]  # lengths of first documents
+        # no shard is cut early
+        assert all(size + first > 1000 for size, first in zip(sizes, firsts[1:]))
         windows = Windows(tmp_path / "cut", split, 16, 300)
         assert len(windows) == sum(s // 16 for s in sizes)
         windows.batch(range(len(windows)))
@@ -220,23 +241,29 @@ def test_shards_hold_at_most_so_many_tokens_and_the_loader_reads_them(tmp_path, 
 
 def test_a_shard_can_be_full_to_the_last_token(tmp_path, tok):
     length = 13
-    same = [t for t in (f"def f(x):  # {i}" for i in range(500)) if len(stack.load_tokenizer(tok)[0](t)) + 2 == length]
+    encode = load_tokenizer(tok).encode
+    candidates = (f"def f(x):  # {i}" for i in range(500))
+    same = [text for text in candidates if len(encode(text)) + 2 == length]
     write_lines(tmp_path / "a.jsonl", same)
-    prepare(tmp_path / "out", source=str(tmp_path / "a.jsonl"), tokenizer=tok, shard_tokens=2 * length)
+    source = str(tmp_path / "a.jsonl")
+    prepare(tmp_path / "out", source=source, tokenizer=tok, shard_tokens=2 * length)
     assert set(documents(tmp_path / "out", "train")[1][:-1]) == {2 * length} and len(same) > 10
 
 
 def test_a_document_longer_than_a_shard_is_left_out(tmp_path, tok):
     write_lines(tmp_path / "a.jsonl", [*texts_of(30, size=1), "y = 0\n" * 500])
     prepare(tmp_path / "out", source=str(tmp_path / "a.jsonl"), tokenizer=tok, shard_tokens=200)
-    assert json.loads((tmp_path / "out" / "meta.json").read_text())["sources"][0]["left_out"] == {"too long": 1}
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["sources"][0]["left_out"] == {"too long": 1}
 
 
 def test_a_source_gives_its_share_and_is_repeated_but_for_what_is_held_out(tmp_path, tok, capsys):
     long, short = texts_of(400, 1), texts_of(20, 2)
     write_lines(tmp_path / "long.jsonl", long)
-    write_lines(tmp_path / "s1.jsonl", long[:1] + short[:12])  # in part the other's, in the same row
-    write_lines(tmp_path / "s2.jsonl", long[:1] + short[:1] + short[8:] + long[:2])  # in part its own again
+    # in part the other's, in the same row
+    write_lines(tmp_path / "s1.jsonl", long[:1] + short[:12])
+    # in part its own again
+    write_lines(tmp_path / "s2.jsonl", long[:1] + short[:1] + short[8:] + long[:2])
     path = mixture(tmp_path / "m.json", {"source": f"{tmp_path}/long.jsonl", "weight": 3},
                    {"source": f"{tmp_path}/s*.jsonl", "weight": 1.5})
     out = tmp_path / "out"
@@ -251,7 +278,8 @@ def test_a_source_gives_its_share_and_is_repeated_but_for_what_is_held_out(tmp_p
     assert len(mine) > 3 * len(once) and mine == (once * 99)[:len(mine)]
     assert train == [t for t in train if t in long] + mine  # the order of the mixture
     assert len(set(val)) == len(val) and set(val) & set(short) and not set(val) & set(train)
-    times = float(re.search(r"s1: [\d,]+ tokens, of [\d,]+ read ([\d.]+) times", capsys.readouterr().out)[1])
+    pattern = r"s1: [\d,]+ tokens, of [\d,]+ read ([\d.]+) times"
+    times = float(re.search(pattern, capsys.readouterr().out)[1])
     assert times == pytest.approx(len(mine) / len(once), abs=0.15)
 
 
@@ -263,11 +291,13 @@ def test_shares_are_kept_to_the_document_whatever_the_weights(tok, weights, toke
     sources = []
     for i, weight in enumerate(weights):
         for f in range(data.draw(st.integers(1, 3))):
-            fs.pipe(f"/mix/{i}/{f}.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts_of(9, 10 * i + f)).encode())
+            rows = [json.dumps({"text": t}) + "\n" for t in texts_of(9, 10 * i + f)]
+            fs.pipe(f"/mix/{i}/{f}.jsonl", "".join(rows).encode())
         sources.append({"source": f"memory://mix/{i}", "weight": weight})
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        prepare(out, mixture=mixture(Path(folder) / "m.json", *sources), tokenizer=tok, tokens=tokens)
+        path = mixture(Path(folder) / "m.json", *sources)
+        prepare(out, mixture=path, tokenizer=tok, tokens=tokens)
         longest = max(len(d) for split in ("train", "val") for d in documents(out, split)[0])
         for s, weight in zip(json.loads((out / "meta.json").read_text())["sources"], weights):
             assert 0 <= s["tokens"] - tokens * weight / sum(weights) < longest
@@ -281,17 +311,21 @@ def test_a_tokenizer_is_trained_on_the_first_documents_that_are_not_held_out(tmp
         held_out += 1
     write_lines(tmp_path / "a.jsonl", ["quokka_" * 400 + f"{held_out}"] + a)
     write_lines(tmp_path / "b.jsonl", b + ["wombat_" * 400])
-    path = mixture(tmp_path / "m.json", {"source": f"{tmp_path}/a.jsonl", "weight": 2}, {"source": f"{tmp_path}/b.jsonl"})
+    path = mixture(tmp_path / "m.json", {"source": f"{tmp_path}/a.jsonl", "weight": 2},
+                   {"source": f"{tmp_path}/b.jsonl"})
     sources = read_mixture(path, True)
     for s, f in zip(sources, "ab"):
         s["files"] = [[f"{tmp_path}/{f}.jsonl", 0, ""]]
     sample = list(stack.sample(Config(val_percent=20.0), sources))
     sizes = [sum(len(t) for t in sample if t in own) for own in (a, b)]
-    assert 4000 <= sizes[0] < 4400 and 2000 <= sizes[1] < 2400 and len(sample) == sum(t in a or t in b for t in sample)
+    assert 4000 <= sizes[0] < 4400 and 2000 <= sizes[1] < 2400
+    assert len(sample) == sum(t in a or t in b for t in sample)
     made = prepare(tmp_path / "out", mixture=path, vocab_size=290, tokens=3000)
     assert made == prepare(tmp_path / "again", mixture=path, vocab_size=290, tokens=3000)
-    assert Tokenizer(tmp_path / "out").vocab_size == json.loads(made["meta.json"])["vocab_size"] == 290
-    assert not any(b"quok" in Tokenizer(tmp_path / "out").bytes_of(i) for i in range(290))
+    trained = load_tokenizer(tmp_path / "out")
+    assert trained.vocab_size == 290
+    assert json.loads(made["meta.json"])["vocab_size"] == 290
+    assert not any(b"quok" in trained.bytes_of(i) for i in range(290))
 
 
 # -- workers and interruptions
@@ -306,7 +340,10 @@ def test_workers_change_nothing(tmp_path, tok, corpus):
 
 
 def prepare_and_die(out, calls, **cfg):
-    """Run in a fork that ends, with nothing flushed or closed, at the calls-th commit, finished part or written document."""
+    """Run in a fork that ends at the calls-th commit, finished part or written document.
+
+    Nothing is flushed or closed.
+    """
     if pid := os.fork():
         return os.waitpid(pid, 0)
     left = [calls]
@@ -318,7 +355,7 @@ def prepare_and_die(out, calls, **cfg):
                 os._exit(0)
             return function(*args, **kwargs)
         return wrapped
-    for name in ("commit", "write_aside"):
+    for name in ("commit", "write_text"):
         setattr(stack, name, mortal(getattr(stack, name)))
     stack.Shards.add = mortal(stack.Shards.add)
     try:
@@ -344,10 +381,14 @@ def undisturbed(tmp_path_factory, tok, corpus):
 
 
 def killed_runs(out, words, kills, draw, longest):
-    """Kill runs of the command at random times, and see that no worker outlives them. Returns how many were cut short."""
+    """Kill runs of the command at random times, and see that no worker outlives them.
+
+    Returns how many were cut short.
+    """
     cut = 0
     for _ in range(kills):
-        process = subprocess.Popen(command(out, *words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(out, *words), cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         time.sleep(draw.uniform(0.2, longest))
         children, cut = children_of(process), cut + (process.poll() is None)
         process.send_signal(signal.SIGKILL)
@@ -362,7 +403,8 @@ def killed_runs(out, words, kills, draw, longest):
 def children_of(process):
     """The ids of a running process' children; [] where there is no /proc to say so."""
     try:
-        return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
     except OSError:
         return []
 
@@ -374,7 +416,8 @@ def alive(pid):
         return False
 
 
-def test_a_run_killed_at_random_times_goes_on_to_the_same_bytes(tmp_path, tok, corpus, undisturbed):
+def test_a_run_killed_at_random_times_goes_on_to_the_same_bytes(
+        tmp_path, tok, corpus, undisturbed):
     words = [f"--{key}={value}" for key, value in undisturbed[0].items()] + ["--workers=2"]
     killed_runs(tmp_path / "out", words, 4, random.Random(7), 0.7)
     run(tmp_path / "out", *words)
@@ -385,7 +428,8 @@ def test_a_run_killed_at_random_times_goes_on_to_the_same_bytes(tmp_path, tok, c
 def test_a_longer_run_killed_thirty_times_goes_on_to_the_same_bytes(tmp_path, tok):
     for i in range(12):
         write_lines(tmp_path / "in" / f"{i:02d}.jsonl", texts_of(4000, i, 20))
-    words = [f"--source={tmp_path}/in", f"--tokenizer={tok}", "--tokens=12000000", "--shard_tokens=500000"]
+    words = [f"--source={tmp_path}/in", f"--tokenizer={tok}", "--tokens=12000000",
+             "--shard_tokens=500000"]
     run(tmp_path / "calm", *words, "--workers=1")
     cut = killed_runs(tmp_path / "out", [*words, "--workers=3"], 30, random.Random(8), 1.5)
     run(tmp_path / "out", *words, "--workers=2")
@@ -393,28 +437,39 @@ def test_a_longer_run_killed_thirty_times_goes_on_to_the_same_bytes(tmp_path, to
 
 
 def test_finished_parts_are_kept(tmp_path, tok, corpus, monkeypatch):
-    out, made, real = tmp_path / "out", [], stack.write_aside
-    prepare_and_die(out, 1, source=str(corpus), tokenizer=tok)  # before the first part's .json: it does not count
+    out, made, real = tmp_path / "out", [], stack.write_text
+    # before the first part's .json: it does not count
+    prepare_and_die(out, 1, source=str(corpus), tokenizer=tok)
     assert sorted(p.name for p in out.glob("parts/0*")) == ["0000000.bin", "0000000.docs"]
     prepare_and_die(out, 1, source=str(corpus), tokenizer=tok)  # after it
-    monkeypatch.setattr(stack, "write_aside", lambda path, write: (made.append(path.name), real(path, write)))
+
+    def counted(path, text):
+        made.append(path.name)
+        real(path, text)
+
+    monkeypatch.setattr(stack, "write_text", counted)
     prepare(out, source=str(corpus), tokenizer=tok)
     assert made == [f"{n:07d}.json" for n in range(1, 8)] + ["meta.json"]
 
 
 def test_committed_documents_are_kept(tmp_path, tok, corpus):
-    prepare_and_die(tmp_path / "out", 100, source=str(corpus), tokenizer=tok)  # in the third part, of 48 calls each or fewer
+    # in the third part, of 48 calls each or fewer
+    prepare_and_die(tmp_path / "out", 100, source=str(corpus), tokenizer=tok)
     db, state = stack.open_ledger(tmp_path / "out" / "parts" / "ledger.sqlite")
     assert state["done"] == [0, 0, 1] and state["train"][1] > 1000
-    assert db.execute("SELECT count(*) FROM seen").fetchone()[0] == state["train"][2] + state["val"][2] == 86
+    seen, = db.execute("SELECT count(*) FROM seen").fetchone()
+    assert seen == state["train"][2] + state["val"][2] == 86
     db.close()
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, tok):
     for i in range(2):
-        write_lines(tmp_path / f"{i}.jsonl", texts_of(200, i, 20) * 400)  # seconds of work, on a busy machine too
-    out, words = tmp_path / "out", [f"--source={tmp_path}/*.jsonl", f"--tokenizer={tok}", "--workers=2"]
-    process = subprocess.Popen(command(out, *words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        # seconds of work, on a busy machine too
+        write_lines(tmp_path / f"{i}.jsonl", texts_of(200, i, 20) * 400)
+    out = tmp_path / "out"
+    words = [f"--source={tmp_path}/*.jsonl", f"--tokenizer={tok}", "--workers=2"]
+    process = subprocess.Popen(command(out, *words), cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE,
                                text=True, start_new_session=True)
     while len(begun := list(out.glob("parts/*.docs.tmp"))) < 2:
         assert process.poll() is None
@@ -425,8 +480,10 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, tok):
     assert process.poll() is None  # it is not for a worker to stop
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
     printed = process.communicate(timeout=30)[1]
-    assert (process.returncode, printed.splitlines()[-1]) == (1, "stopped; the same command goes on from here"), printed
-    assert "Traceback" not in printed and not list(out.glob("parts/*.json"))[1:]  # plan.json; nobody waited for the workers
+    assert process.returncode == 1, printed
+    assert printed.splitlines()[-1] == "stopped; the same command goes on from here", printed
+    assert "Traceback" not in printed
+    assert not list(out.glob("parts/*.json"))[1:]  # plan.json: nobody waited for the workers
     run(out, *words)
 
 
@@ -434,7 +491,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path, tok, corpus):
     out = tmp_path / "out"
     (out / "parts").mkdir(parents=True)
     db, _ = stack.open_ledger(out / "parts" / "ledger.sqlite")
-    assert "is another run at work in this folder?" in run(out, f"--source={corpus}", f"--tokenizer={tok}", fails=True)
+    message = run(out, f"--source={corpus}", f"--tokenizer={tok}", fails=True)
+    assert "is another run at work in this folder?" in message
     db.close()
 
 
@@ -443,32 +501,38 @@ def test_two_runs_do_not_share_a_folder(tmp_path, tok, corpus):
 def peak(url, tok, out):
     """The peak memory, in MiB, of a process that makes a part of this file."""
     code = ("import sys; from pathlib import Path; from data.stack.prepare import *\n"
-            "out = Path(sys.argv[2]); (out / 'parts').mkdir(parents=True); Tokenizer(sys.argv[3]).save(out)\n"
+            "out = Path(sys.argv[2]); (out / 'parts').mkdir(parents=True)\n"
+            "open_tokenizer(sys.argv[3]).save(out)\n"
             "make_part(out / 'parts' / 'p', sys.argv[1], {'text': 'text'}, Config(out=out))\n"
-            "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"  # getrusage has the parent's peak in it
+            # getrusage has the parent's peak in it
+            "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
             "print(int(status['VmHWM'].split()[0]) / 1024)")
     words = [sys.executable, "-c", code, url, str(out), tok]
     return float(subprocess.run(words, cwd=ROOT, check=True, capture_output=True).stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux for a process' peak memory")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(),
+                    reason="asks Linux for a process' peak memory")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_workers_memory_does_not_grow_with_its_file(tmp_path, tok, ending):
     some, peaks = texts_of(2000, 1, 40), []
     for name, times in (("small", 5), ("large", 80)):  # 120 MB
         path = tmp_path / f"{name}{ending}"
         if ending == ".parquet":
-            with pyarrow.parquet.ParquetWriter(path, pyarrow.schema([("text", pyarrow.string())])) as writer:
+            schema = pyarrow.schema([("text", pyarrow.string())])
+            with pyarrow.parquet.ParquetWriter(path, schema) as writer:
                 for _ in range(times):
                     writer.write_table(pyarrow.table({"text": some}), row_group_size=1000)
         else:
             chunk = "".join(json.dumps({"text": t}) + "\n" for t in some).encode()
-            with {".gz": gzip.open, ".zst": zstandard.open}.get(path.suffix, open)(path, "wb") as f:
+            opener = {".gz": gzip.open, ".zst": zstandard.open}.get(path.suffix, open)
+            with opener(path, "wb") as f:
                 for _ in range(times):
                     f.write(chunk)
         peaks.append(peak(str(path), tok, tmp_path / f"out_{name}"))
-    assert (tmp_path / "out_large" / "parts" / "p.bin").stat().st_size > 80e6 and peaks[1] < peaks[0] + 20, peaks
+    assert (tmp_path / "out_large" / "parts" / "p.bin").stat().st_size > 80e6
+    assert peaks[1] < peaks[0] + 20, peaks
 
 
 # -- what is refused
@@ -476,64 +540,160 @@ def test_a_workers_memory_does_not_grow_with_its_file(tmp_path, tok, ending):
 def test_another_setting_on_a_folder_is_refused_and_leaves_it_as_it_was(tmp_path, tok, corpus):
     cfg, out = dict(source=str(corpus), tokenizer=tok), tmp_path / "out"
     prepare_and_die(out, 20, **cfg)
-    with pytest.raises(ValueError, match="begun with other tokens, shard_tokens"):
+    with pytest.raises(Mistake, match="begun with other tokens, shard_tokens"):
         prepare(out, **cfg, tokens=10_000, shard_tokens=900)
     whole = prepare(out, **cfg)
-    for change in ({"tokens": 10_000}, {"tokenizer": "", "vocab_size": 290}, {"source": f"{corpus}/f1*"}, {"val_percent": 3.0}):
-        with pytest.raises(ValueError, match="holds data that was prepared otherwise: give another --out, or delete"):
+    changes = [{"tokens": 10_000}, {"tokenizer": "", "vocab_size": 290},
+               {"source": f"{corpus}/f1*"}, {"val_percent": 3.0}]
+    said = "holds data that was prepared otherwise: give another --out, or delete"
+    for change in changes:
+        with pytest.raises(Mistake, match=said):
             prepare(out, **cfg | change)
     assert contents(out) == whole
     (out / "train_00000.bin").write_bytes(b"cut")
-    with pytest.raises(ValueError, match="has lost some of its train shards"):
+    with pytest.raises(Mistake, match="has lost some of its train shards"):
         prepare(out, **cfg)
 
 
-def test_a_changed_input_file_and_a_folder_of_another_script_are_refused(tmp_path, tok, data_folder):
+def test_a_changed_input_file_and_a_folder_of_another_script_are_refused(
+        tmp_path, tok, data_folder):
     write_lines(tmp_path / "a.jsonl", texts_of(40))
     prepare(tmp_path / "out", source=f"{tmp_path}/a.jsonl", tokenizer=tok)
     write_lines(tmp_path / "a.jsonl", texts_of(41))
-    with pytest.raises(ValueError, match="prepared otherwise"):
+    with pytest.raises(Mistake, match="prepared otherwise"):
         prepare(tmp_path / "out", source=f"{tmp_path}/a.jsonl", tokenizer=tok)
     shutil.copytree(data_folder, tmp_path / "other")
-    with pytest.raises(ValueError, match="prepared otherwise"):
+    with pytest.raises(Mistake, match="prepared otherwise"):
         prepare(tmp_path / "other", source=f"{tmp_path}/a.jsonl", tokenizer=tok)
     (tmp_path / "other" / "meta.json").unlink()
-    with pytest.raises(ValueError, match="holds data of another script"):
+    with pytest.raises(Mistake, match="holds data of another script"):
         prepare(tmp_path / "other", source=f"{tmp_path}/a.jsonl", tokenizer=tok)
 
 
 BROKEN = {
     "a.jsonl": (b'{"text": "a"}\n\n{"text": \n', "a.jsonl, line 3, is not JSON: "),
-    "b.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n', "b.jsonl, row 2: 'text' wanted, but it has body, id"),
+    "b.jsonl": (b'{"text": "a"}\n{"body": "b", "id": 1}\n',
+                "b.jsonl, row 2: 'text' wanted, but it has body, id"),
     "c.jsonl": (b'["text"]\n', "c.jsonl, row 1: 'text' wanted, but it has no columns at all"),
     "d.jsonl": (b'{"text": 7}\n', "d.jsonl, row 1: column 'text' holds int, not text"),
     "e.jsonl": (b'{"text": "\xff"}\n', "e.jsonl, line 1, is not JSON: "),
-    "f.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9], "f.jsonl.gz cannot be read (EOFError: "),
+    "f.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
+                   "f.jsonl.gz is truncated (EOFError: "),
     "g.jsonl.zst": (b"no zstandard", "g.jsonl.zst cannot be read (ZstdError: "),
+    "i.jsonl.gz": (b"", "i.jsonl.gz is truncated (EOFError: it is empty"),
+    "j.jsonl.zst": (b"", "j.jsonl.zst is truncated (EOFError: its last frame has no end"),
+    "k.parquet": (b"PAR1" + bytes(99), "k.parquet is truncated (EOFError: its end is missing"),
     "h.parquet": (b"no parquet", "h.parquet cannot be read (ArrowInvalid: "),
 }
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "h.parquet"])
-def test_a_workers_error_is_one_sentence(tmp_path, tok, name):
+def test_a_workers_error_is_one_line(tmp_path, tok, name):
     content, said = BROKEN[name]
     (tmp_path / name).write_bytes(content)
     write_lines(tmp_path / "z.jsonl", texts_of(9))
-    assert said in run(tmp_path / "out", f"--source={tmp_path}", f"--tokenizer={tok}", "--workers=2", fails=True)
+    words = [f"--source={tmp_path}", f"--tokenizer={tok}", "--workers=2"]
+    assert said in run(tmp_path / "out", *words, fails=True)
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_named_with_its_line(tmp_path, tok, name):
     content, said = BROKEN[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(Mistake) as error:
         prepare(tmp_path / "out", source=str(tmp_path), tokenizer=tok)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+@pytest.mark.parametrize("count", [3, 400])  # one block of zstandard, and several
+def test_a_file_cut_anywhere_is_truncated_and_never_gives_fewer_documents(tmp_path, ending, count):
+    path, texts = tmp_path / f"a{ending}", [text * 9 for text in texts_of(count)]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if ending == ".parquet":
+        write_lines(path, texts)
+        whole = path.read_bytes()
+    elif ending == ".jsonl.gz":
+        whole = gzip.compress(rows)
+    else:
+        whole = zstandard.ZstdCompressor().compress(rows)
+    steps = max(1, len(whole) // 60)
+    ends = {0, 4, *range(8, len(whole), steps), *range(len(whole) - 9, len(whole))}
+    for end in sorted(ends):
+        path.write_bytes(whole[:end])
+        with pytest.raises(Mistake, match=re.escape(str(path))) as error:
+            list(read_texts(str(path), {"text": "text"}, 10**6))
+        if end >= 12:
+            assert "is truncated" in str(error.value)
+
+
+def test_a_cut_file_of_one_block_stops_a_run(tmp_path, tok):
+    write_lines(tmp_path / "a.jsonl.zst", texts_of(20))
+    write_lines(tmp_path / "b.jsonl.zst", texts_of(20, 1))
+    path = tmp_path / "b.jsonl.zst"
+    path.write_bytes(path.read_bytes()[:-3])
+    message = run(tmp_path / "out", f"--source={tmp_path}/*.zst", f"--tokenizer={tok}", fails=True)
+    assert f"{path} is truncated" in message
+    assert not (tmp_path / "out" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_frames_of_nothing_and_frames_to_skip_are_fine(tmp_path, frames):
+    row = zstandard.ZstdCompressor().compress(b'{"text": "a"}\n')
+    nothing = zstandard.ZstdCompressor().compress(b"")
+    skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes((row + nothing + skipped) * frames)
+    assert list(read_texts(str(path), {"text": "text"}, 99)) == [("a", "")] * frames
+
+
+DAMAGED = [b"[]", b"null", b"5", b"{", b"", b"\xff\xfe", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_plan_or_meta_is_named(tmp_path, tok, content):
+    write_lines(tmp_path / "a.jsonl", texts_of(40))
+    out, cfg = tmp_path / "out", dict(source=f"{tmp_path}/a.jsonl", tokenizer=tok)
+    prepare_and_die(out, 20, **cfg)
+    (out / "parts" / "plan.json").write_bytes(content)
+    with pytest.raises(Mistake, match="parts/plan.json"):
+        prepare(out, **cfg)
+    (out / "meta.json").write_bytes(content)
+    with pytest.raises(Mistake, match="out/meta.json"):
+        prepare(out, **cfg)
+
+
+@pytest.mark.parametrize("change", [{"train": None}, {"val": {"tokens": None}}, {"val": 5},
+                                    {"train": {}}, {"vocab_size": "300"}])
+def test_a_meta_without_its_numbers_is_named(tmp_path, tok, change):
+    write_lines(tmp_path / "a.jsonl", texts_of(40))
+    out, cfg = tmp_path / "out", dict(source=f"{tmp_path}/a.jsonl", tokenizer=tok)
+    prepare(out, **cfg)
+    meta = json.loads((out / "meta.json").read_text())
+    (out / "meta.json").write_text(json.dumps(meta | change))
+    with pytest.raises(Mistake, match="meta.json is damaged: delete"):
+        prepare(out, **cfg)
+
+
+def test_a_file_name_that_is_not_utf_8_is_a_name_too(tmp_path, tok):
+    folder = os.fsencode(tmp_path) + b"/odd\xff"
+    os.mkdir(folder)
+    write_lines(Path(os.fsdecode(folder)) / "a.jsonl", texts_of(40))
+    words = [f"--source={os.fsdecode(folder)}", f"--tokenizer={tok}"]
+    run(tmp_path / "out", *words)
+    assert "nothing to do, 1 files unchanged" in run(tmp_path / "out", *words)
+
+
+def test_a_folder_without_a_tokenizer_is_not_called_unprepared_data(tmp_path):
+    write_lines(tmp_path / "a.jsonl", texts_of(4))
+    (tmp_path / "run").mkdir()
+    with pytest.raises(Mistake, match=f"--tokenizer={tmp_path}/run has no tokenizer"):
+        prepare(tmp_path / "out", source=f"{tmp_path}/a.jsonl", tokenizer=f"{tmp_path}/run")
+
+
 def test_a_parquet_file_without_the_column_says_what_it_has(tmp_path, tok):
     write_lines(tmp_path / "a.parquet", texts_of(3), lang=["C"] * 3)
-    with pytest.raises(ValueError, match=r"a.parquet, row 1: 'content' wanted, but it has text, lang"):
+    with pytest.raises(Mistake, match=r"a.parquet, row 1: 'content' wanted, but it has text, lang"):
         prepare(tmp_path / "out", source=str(tmp_path), tokenizer=tok, text="content")
 
 
@@ -546,8 +706,23 @@ MIXTURES = {
     "weight text": ([FINE | {"weight": "1"}], "has weight '1'"),
     "weight true": ([FINE | {"weight": True}], "has weight True"),
     "weight nan": ([FINE | {"weight": float("nan")}], "has weight nan"),
+    "weight huge": ([FINE | {"weight": 10**400}], "a number above 0 and up to 1e18"),
+    "source a number": ([FINE | {"source": 5}], "source 'a' has source 5; it must be a file"),
+    "source null": ([FINE | {"source": None}], "source 'a' has source None; it must be a file"),
+    "source of lists": ([FINE | {"source": [["x"]]}], "source 'a' has source [['x']]; it must be"),
+    "source empty": ([FINE | {"source": []}], "source 'a' has source []; it must be a file"),
+    "name a list": ([FINE | {"name": [1]}], "source [1] has name [1]; it must be a text"),
+    "text an object": ([FINE | {"text": {}}], "source 'a' has text {}; it must be a text"),
+    "licence a number": ([FINE | {"licence": 4}], "source 'a' has licence 4; it must be a text"),
+    "column a number": ([FINE | {"language_column": 1, "languages": ["C"]}],
+                        "source 'a' has language_column 1; it must be a text"),
+    "languages of numbers": ([FINE | {"language_column": "lang", "languages": [1]}],
+                             "'languages', a list of texts"),
+    "null": (None, "must be a list of sources"),
+    "numbers": ([1], "must be a list of sources"),
     "languages": ([FINE | {"languages": ["C"]}], "must have both 'language_column'"),
-    "one language": ([FINE | {"languages": "C", "language_column": "lang"}], "must have both 'language_column'"),
+    "one language": ([FINE | {"languages": "C", "language_column": "lang"}],
+                     "must have both 'language_column'"),
     "twice": ([FINE, FINE], "two sources of one name"),
     "no list": (FINE, "must be a list of sources"),
     "empty": ([], "must be a list of sources"),
@@ -556,10 +731,10 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_mixture_that_cannot_be_is_refused(tmp_path, name):
+def test_an_impossible_mixture_is_refused(tmp_path, name):
     sources, said = MIXTURES[name]
     (tmp_path / "m.json").write_text(json.dumps(sources))
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(Mistake, match=re.escape(said)):
         prepare(tmp_path / "out", mixture=str(tmp_path / "m.json"))
     assert not (tmp_path / "out").exists()
 
@@ -569,13 +744,19 @@ def test_a_mixture_that_cannot_be_is_refused(tmp_path, name):
     ({"source": "a", "mixture": "b"}, "give either --source=GLOB or --mixture=FILE.json"),
     ({"source": "/no/such.jsonl"}, "no file at /no/such.jsonl that ends in .jsonl, "),
     ({"source": "/no/such/*.parquet"}, "no file at /no/such/*.parquet that ends in"),
-    ({"source": "nosuch://a/b.jsonl"}, "nosuch://a/b.jsonl cannot be listed (ValueError: Protocol not known"),
+    ({"source": "nosuch://a/b.jsonl"},
+     "nosuch://a/b.jsonl cannot be listed (ValueError: Protocol not known"),
     ({"mixture": "/no/such.json"}, "/no/such.json"),
-    ({"source": "a", "val_percent": 100.0}, "val_percent=100.0 must be between 0 and 100"),
-    ({"source": "a", "tokens": -1}, "tokens and workers must be 0 or more"),
+    ({"source": "a", "val_percent": 100.0}, "val_percent=100.0 does not fit: val_percent is a"),
+    ({"source": "a", "val_percent": float("nan")}, "val_percent=nan does not fit"),
+    ({"source": "a", "tokens": -1}, "tokens=-1 does not fit: tokens is an int from 0 to "),
+    ({"source": "a", "workers": -1}, "workers=-1 does not fit: workers is an int from 0"),
+    ({"source": "a", "max_chars": 0}, "max_chars=0 does not fit: max_chars is an int from 1"),
+    ({"source": "a", "shard_tokens": 0}, "shard_tokens=0 does not fit: shard_tokens is an int"),
+    ({"source": "a", "vocab_size": 10**12}, "vocab_size is an int from 260 to 1,048,576"),
 ])
-def test_settings_that_cannot_be_are_refused(tmp_path, cfg, said):
-    with pytest.raises((ValueError, OSError), match=re.escape(said)):
+def test_impossible_settings_are_refused(tmp_path, cfg, said):
+    with pytest.raises(Mistake, match=re.escape(said)):
         prepare(tmp_path / "out", **cfg)
     assert not (tmp_path / "out").exists()
 
@@ -583,27 +764,31 @@ def test_settings_that_cannot_be_are_refused(tmp_path, cfg, said):
 def test_a_source_with_nothing_for_a_split_or_for_its_share_is_refused(tmp_path, tok):
     held_out = [t for t in texts_of(40) if stack.is_val(stack.digest_of(t), 20)]
     write_lines(tmp_path / "a.jsonl", held_out)
-    with pytest.raises(ValueError, match="has nothing to train on, and is to give 9,000 tokens"):
+    with pytest.raises(Mistake, match="has nothing to train on, and is to give 9,000 tokens"):
         prepare(tmp_path / "out", source=f"{tmp_path}/a.jsonl", tokenizer=tok, tokens=9000)
-    with pytest.raises(ValueError, match="no document fell to train"):
+    with pytest.raises(Mistake, match="no document fell to train"):
         prepare(tmp_path / "once", source=f"{tmp_path}/a.jsonl", tokenizer=tok)
 
 
-def test_the_hub_out_of_reach_is_one_sentence_that_says_what_to_download(tmp_path, tok, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody answers, wherever this runs
-    said = run(tmp_path / "out", "--source=hf://datasets/bigcode/the-stack-dedup/data/python/*.parquet", f"--tokenizer={tok}",
+def test_the_hub_out_of_reach_is_one_line_that_says_what_to_download(tmp_path, tok, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    source = "hf://datasets/bigcode/the-stack-dedup/data/python/*.parquet"
+    said = run(tmp_path / "out", f"--source={source}", f"--tokenizer={tok}",
                fails=True)
-    command = "hf download bigcode/the-stack-dedup --repo-type dataset --include 'data/python/*.parquet' --local-dir FOLDER"
+    command = ("hf download bigcode/the-stack-dedup --repo-type dataset "
+               "--include 'data/python/*.parquet' --local-dir FOLDER")
     assert f"run `{command}` elsewhere" in said
-    assert "name FOLDER/data/python/*.parquet as the source" in said and not (tmp_path / "out").exists()
+    assert "name FOLDER/data/python/*.parquet as the source" in said
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name, module", [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard"), ("a.jsonl", "fsspec")])
+@pytest.mark.parametrize("name, module", [
+    ("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard"), ("a.jsonl", "fsspec")])
 def test_a_missing_package_is_named(tmp_path, tok, monkeypatch, name, module):
     write_lines(tmp_path / name, texts_of(3))
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "pyarrow.parquet")
-    with pytest.raises(ValueError, match=f"needs a package that is not installed: pip install {module}"):
+    with pytest.raises(Mistake, match=f"is not installed: pip install {module}"):
         prepare(tmp_path / "out", source=str(tmp_path), tokenizer=tok)
 
 

@@ -1,10 +1,13 @@
 """tokenizer.py: both encoders give the same ids, and ids lose nothing of a text and hold no special token; folders laid
 out as published ones are give transformers' ids and chats, and are saved so that transformers reads them.
 """
+
 import json
 import os
 import random
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,21 +19,97 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+import tokenizer
 from configurator import Mistake
 from huggingface import load_tokenizer
-from tokenizer import SPECIALS, byte_of_char, train_tokenizer
+from tokenizer import KEYS, SPECIALS, byte_of_char, train_tokenizer
 
 STDLIB = Path(os.__file__).parent
 TRAINED_ON = ["os.py", "ast.py", "json/decoder.py", "textwrap.py", "gettext.py", "smtplib.py"]
-UNSEEN = ["abc.py", "bisect.py", "calendar.py", "codecs.py", "copy.py", "enum.py", "heapq.py", "html/entities.py", "keyword.py",
-          "locale.py", "platform.py", "pydoc.py", "random.py", "statistics.py", "stringprep.py", "turtle.py", "typing.py",
-          "encodings/cp1252.py", "encodings/koi8_r.py", "encodings/punycode.py", "idlelib/help.html"]
+UNSEEN = [
+    "abc.py",
+    "bisect.py",
+    "calendar.py",
+    "codecs.py",
+    "copy.py",
+    "enum.py",
+    "heapq.py",
+    "html/entities.py",
+    "keyword.py",
+    "locale.py",
+    "platform.py",
+    "pydoc.py",
+    "random.py",
+    "statistics.py",
+    "stringprep.py",
+    "turtle.py",
+    "typing.py",
+    "encodings/cp1252.py",
+    "encodings/koi8_r.py",
+    "encodings/punycode.py",
+    "idlelib/help.html",
+]
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
-PIECES = [" ", "  ", "    ", "\t", "\n", "\n\n", "\r", "\r\n", "\x0b", "\x0c", "\x00", "\x1c", "\x7f", "\x85", "\xa0", "\u2028",
-          "\u3000", "\ufeff", "0", "7", "123", "4567", "٣", "½", "_", "__init__", "def", "self", "Self", "x1", "é", "e\u0301",
-          "ß", "日本", "🙂", "👩‍💻", "(", ")", ":", "...", "->", "==", "#", "'", "'s", '"', "\\", "@", "[", "`", "{", "~",
-          *SPECIALS, "<eos", "eos>", "<|endoftext|>", "< eos >"]
+PIECES = [
+    " ",
+    "  ",
+    "    ",
+    "\t",
+    "\n",
+    "\n\n",
+    "\r",
+    "\r\n",
+    "\x0b",
+    "\x0c",
+    "\x00",
+    "\x1c",
+    "\x7f",
+    "\x85",
+    "\xa0",
+    "\u2028",
+    "\u3000",
+    "\ufeff",
+    "0",
+    "7",
+    "123",
+    "4567",
+    "٣",
+    "½",
+    "_",
+    "__init__",
+    "def",
+    "self",
+    "Self",
+    "x1",
+    "é",
+    "e\u0301",
+    "ß",
+    "日本",
+    "🙂",
+    "👩‍💻",
+    "(",
+    ")",
+    ":",
+    "...",
+    "->",
+    "==",
+    "#",
+    "'",
+    "'s",
+    '"',
+    "\\",
+    "@",
+    "[",
+    "`",
+    "{",
+    "~",
+    *SPECIALS,
+    "<eos",
+    "eos>",
+    "<|endoftext|>",
+    "< eos >",
+]
 CODE_LIKE = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
 TEXTS = ANY_TEXT | CODE_LIKE
 
@@ -38,7 +117,9 @@ TEXTS = ANY_TEXT | CODE_LIKE
 @pytest.fixture(scope="module")
 def spec():
     """tokenizer.json of a small BPE, as a dict."""
-    return json.loads(train_tokenizer([(STDLIB / name).read_text() for name in TRAINED_ON], 800).to_str())
+    return json.loads(
+        train_tokenizer([(STDLIB / name).read_text() for name in TRAINED_ON], 800).to_str()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +152,18 @@ def test_tiktoken_and_tokenizers_give_the_same_ids_which_decode_to_the_text(tok,
 
 
 def test_the_same_holds_for_every_code_point_beside_letters_digits_and_spaces(tok):
-    points = [*range(0x3100), *range(0xE000, 0xE020), *range(0xFE00, 0x10000, 3), *range(0x1F300, 0x1F700, 3), 0xE0001, 0x10FFFF]
+    points = [
+        *range(0x3100),
+        *range(0xE000, 0xE020),
+        *range(0xFE00, 0x10000, 3),
+        *range(0x1F300, 0x1F700, 3),
+        0xE0001,
+        0x10FFFF,
+    ]
     texts = [f"a{chr(c)}b  {chr(c)} 1{chr(c)}2\n {chr(c)}{chr(c)}'\n" for c in points]
-    assert tok.encode_batch(texts) == [e.ids for e in tok.hf.encode_batch(texts, add_special_tokens=False)]
+    assert tok.encode_batch(texts) == [
+        e.ids for e in tok.hf.encode_batch(texts, add_special_tokens=False)
+    ]
     assert [tok.decode(ids) for ids in tok.encode_batch(texts)] == texts
 
 
@@ -91,16 +181,27 @@ def test_a_batch_is_its_texts_one_by_one(tok, texts):
 
 
 def test_ids_are_specials_then_bytes_then_merges_in_order(tok, spec):
-    assert (tok.bos_id, tok.eos_id, tok.mask_id, tok.pad_id) == (0, 1, 2, 3) and tok.vocab_size == 800
+    assert (tok.bos_id, tok.eos_id, tok.mask_id, tok.pad_id) == (
+        0,
+        1,
+        2,
+        3,
+    ) and tok.vocab_size == 800
     assert tok.special_ids == dict(zip(SPECIALS, range(4)))
     assert sorted(tok.bytes_of(i) for i in range(4, 260)) == [bytes([b]) for b in range(256)]
-    assert [spec["model"]["vocab"]["".join(m)] for m in spec["model"]["merges"]] == list(range(260, 800))
+    assert [spec["model"]["vocab"]["".join(m)] for m in spec["model"]["merges"]] == list(
+        range(260, 800)
+    )
     assert sorted(byte_of_char().values()) == list(range(256))
 
 
 def test_token_bytes_counts_what_each_id_writes_and_specials_as_nothing(tok):
     assert tok.token_bytes.shape == (tok.vocab_size,) and tok.token_bytes.dtype == np.int64
-    assert tok.token_bytes[:4].tolist() == [0] * 4 and (tok.token_bytes[4:260] == 1).all() and (tok.token_bytes[260:] >= 2).all()
+    assert (
+        tok.token_bytes[:4].tolist() == [0] * 4
+        and (tok.token_bytes[4:260] == 1).all()
+        and (tok.token_bytes[260:] >= 2).all()
+    )
     assert tok.token_bytes.tolist() == [len(tok.bytes_of(i)) for i in range(tok.vocab_size)]
 
 
@@ -120,14 +221,34 @@ def test_half_a_character_decodes_to_a_replacement(tok):
 
 
 def test_digits_are_cut_by_threes_and_a_word_keeps_the_space_before_it(tok):
-    pieces = [p for p, _ in tok.hf.pre_tokenizer.pre_tokenize_str("def f_1(x):\n    return  x+12345\n\n\n")]
-    assert pieces == ["def", "Ġf_", "1", "(", "x", "):Ċ", "ĠĠĠ", "Ġreturn", "Ġ", "Ġx", "+", "123", "45", "ĊĊĊ"]
+    pieces = [
+        p
+        for p, _ in tok.hf.pre_tokenizer.pre_tokenize_str("def f_1(x):\n    return  x+12345\n\n\n")
+    ]
+    assert pieces == [
+        "def",
+        "Ġf_",
+        "1",
+        "(",
+        "x",
+        "):Ċ",
+        "ĠĠĠ",
+        "Ġreturn",
+        "Ġ",
+        "Ġx",
+        "+",
+        "123",
+        "45",
+        "ĊĊĊ",
+    ]
 
 
 # --- tokenizers that are not ours -----------------------------------------------------------------------------------
 
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 QWEN = LLAMA3.replace("{1,3}", "")
 
 
@@ -157,10 +278,16 @@ INELIGIBLE = {
     "GPT-2's own regex": lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(use_regex=True),
     "prefix space": lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
     "only ByteLevel": lambda s: s.update(pre_tokenizer=s["pre_tokenizer"]["pretokenizers"][1]),
-    "no Split behavior": lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithPrevious"),
+    "no Split behavior": lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(
+        behavior="MergedWithPrevious"
+    ),
     "inverted Split": lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(invert=True),
-    "another's regex": lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=LLAMA3),
-    "Split at a text": lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(pattern={"String": " "}),
+    "another's regex": lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(
+        Regex=LLAMA3
+    ),
+    "Split at a text": lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(
+        pattern={"String": " "}
+    ),
 }
 
 
@@ -170,7 +297,9 @@ def test_where_tiktoken_could_differ_tokenizers_encodes_and_all_else_holds(spec,
     INELIGIBLE[change](other)
     tok = written(other, tmp_path)
     assert tok.tik is None
-    assert (tok.bos_id, tok.eos_id, tok.mask_id, tok.pad_id) == (0, 1, 2, 3) and tok.token_bytes[:4].tolist() == [0] * 4
+    assert (tok.bos_id, tok.eos_id, tok.mask_id, tok.pad_id) == (0, 1, 2, 3) and tok.token_bytes[
+        :4
+    ].tolist() == [0] * 4
 
     @settings(max_examples=25, deadline=None)
     @given(TEXTS)
@@ -178,7 +307,9 @@ def test_where_tiktoken_could_differ_tokenizers_encodes_and_all_else_holds(spec,
         ids = tok.encode(text)
         assert ids == by_hugging_face(tok, text) and not set(ids) & set(range(4))
         if change != "prefix space":  # there decode cannot know which spaces were the text's
-            assert tok.decode([0, *ids, 1]) == (NFC().normalize_str(text) if change == "normalizer" else text)
+            assert tok.decode([0, *ids, 1]) == (
+                NFC().normalize_str(text) if change == "normalizer" else text
+            )
 
     holds()
 
@@ -188,17 +319,23 @@ def test_a_tokenizer_without_our_specials_has_none_of_their_ids(spec, tmp_path):
     other["added_tokens"] = [t | {"content": "<|endoftext|>"} for t in other["added_tokens"][:1]]
     for special in SPECIALS:
         other["model"]["vocab"].pop(special)
-    other["model"]["vocab"] = {t: i - 4 for t, i in other["model"]["vocab"].items()} | {"<|endoftext|>": 796}
+    other["model"]["vocab"] = {t: i - 4 for t, i in other["model"]["vocab"].items()} | {
+        "<|endoftext|>": 796
+    }
     other["added_tokens"][0]["id"] = 796
     tok = written(other, tmp_path)
-    assert (tok.bos_id, tok.eos_id, tok.mask_id, tok.pad_id) == (None,) * 4 and tok.vocab_size == 797
+    assert (tok.bos_id, tok.eos_id, tok.mask_id, tok.pad_id) == (
+        None,
+    ) * 4 and tok.vocab_size == 797
     check_same_ids_and_nothing_lost(tok, "def f():\n    return '<|endoftext|> <eos>'\n")
     assert tok.decode([*tok.encode("x"), 796]) == "x"
 
 
 def test_an_added_token_that_is_not_special_is_one_id_as_in_tokenizers(spec, tmp_path):
     other = json.loads(json.dumps(spec))
-    other["added_tokens"].append(other["added_tokens"][0] | {"id": 800, "content": "<tool>", "special": False})
+    other["added_tokens"].append(
+        other["added_tokens"][0] | {"id": 800, "content": "<tool>", "special": False}
+    )
     tok = written(other, tmp_path)
     assert tok.encode("a<tool>b") == by_hugging_face(tok, "a<tool>b")
 
@@ -207,7 +344,10 @@ def test_merges_that_no_training_would_give_still_encode_as_tokenizers_does(spec
     other = json.loads(json.dumps(spec))
     merges = [["a", "b"], ["b", "c"], ["a", "bc"]]  # BPE writes "abc" as ab, c; tiktoken as abc
     base = {t: i for t, i in other["model"]["vocab"].items() if i < 260}
-    other["model"] |= {"merges": merges, "vocab": base | {"".join(m): 260 + i for i, m in enumerate(merges)}}
+    other["model"] |= {
+        "merges": merges,
+        "vocab": base | {"".join(m): 260 + i for i, m in enumerate(merges)},
+    }
     tok = written(other, tmp_path)
     assert tok.encode("abc") == by_hugging_face(tok, "abc")
 
@@ -221,10 +361,28 @@ def test_token_bytes_of_a_byte_level_fallback_count_bytes_too(spec, tmp_path):
 
 # --- folders as they are published ----------------------------------------------------------------------------------
 
-LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-SEED_SPECIALS = ["<[begin▁of▁sentence]>", "<[PAD▁TOKEN]>", "<[end▁of▁sentence]>", "<[SEP▁TOKEN]>",
-                 "<[MASK▁TOKEN]>", "<[fim-prefix]>"]
-QWEN_ADDED = {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True, "<tool_call>": False, "<|fim_prefix|>": False}
+LLAMA3_SPECIALS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+SEED_SPECIALS = [
+    "<[begin▁of▁sentence]>",
+    "<[PAD▁TOKEN]>",
+    "<[end▁of▁sentence]>",
+    "<[SEP▁TOKEN]>",
+    "<[MASK▁TOKEN]>",
+    "<[fim-prefix]>",
+]
+QWEN_ADDED = {
+    "<|endoftext|>": True,
+    "<|im_start|>": True,
+    "<|im_end|>": True,
+    "<tool_call>": False,
+    "<|fim_prefix|>": False,
+}
 DREAM_ADDED = QWEN_ADDED | {"<|beginoftext|>": True, "<|mask|>": True}
 
 LLAMA3_CHAT = """{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + \
@@ -281,10 +439,23 @@ TRICKS_CHAT = """
 """
 CHATS = [
     [{"role": "user", "content": "Write  fib."}],
-    [{"role": "system", "content": "You code.\n"}, {"role": "user", "content": "  <naïve> & 日本 \"é\"\n\n"}],
-    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "```\nx = 1\n```"}, {"role": "user", "content": "\tb "},
-     {"role": "assistant", "content": ""}, {"role": "user", "content": "<tool_call>\n{\"a\": 1}"}],
-    [{"role": "user", "content": "<|im_end|>\n<|im_start|>system <|eot_id|> <[end▁of▁sentence]><|endoftext|> <eos>"}],
+    [
+        {"role": "system", "content": "You code.\n"},
+        {"role": "user", "content": '  <naïve> & 日本 "é"\n\n'},
+    ],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "```\nx = 1\n```"},
+        {"role": "user", "content": "\tb "},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": '<tool_call>\n{"a": 1}'},
+    ],
+    [
+        {
+            "role": "user",
+            "content": "<|im_end|>\n<|im_start|>system <|eot_id|> <[end▁of▁sentence]><|endoftext|> <eos>",
+        }
+    ],
 ]
 
 
@@ -293,47 +464,82 @@ def trained(regex, first=(), normalizer=None, **bpe):
 
     It learns from texts cut at line ends alone, so its tokens reach over all other cuts, and each cut shows in the ids.
     """
+
     def cut_at(regex):
-        return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), behavior="isolated"),
-                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(regex), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
 
     hf = tokenizers.Tokenizer(models.BPE(**bpe))
     if normalizer:
         hf.normalizer = normalizer
     hf.pre_tokenizer, hf.decoder = cut_at(r"[^\n]*\n*"), decoders.ByteLevel()
-    texts = [(STDLIB / name).read_text() for name in TRAINED_ON[1:]] + random_texts(["I'M", "we'Ll", "2024", "don't"], 3000)
-    hf.train_from_iterator([t.replace("<|", "") for t in texts], trainers.BpeTrainer(
-        vocab_size=1200, special_tokens=list(first), show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    texts = [(STDLIB / name).read_text() for name in TRAINED_ON[1:]] + random_texts(
+        ["I'M", "we'Ll", "2024", "don't"], 3000
+    )
+    hf.train_from_iterator(
+        [t.replace("<|", "") for t in texts],
+        trainers.BpeTrainer(
+            vocab_size=1200,
+            special_tokens=list(first),
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     hf.pre_tokenizer = cut_at(regex)
     return hf
 
 
 def bos_before_every_text(hf, bos):
     """The post-processor of Llama 3."""
-    hf.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, hf.token_to_id(bos))])])
+    hf.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(
+                single=f"{bos} $A",
+                pair=f"{bos} $A {bos}:1 $B:1",
+                special_tokens=[(bos, hf.token_to_id(bos))],
+            ),
+        ]
+    )
 
 
 def decoder_of(added, start):
     """tokenizer_config.json's added_tokens_decoder."""
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    return {str(start + i): {"content": name, **flags, "special": special} for i, (name, special) in enumerate(added.items())}
+    return {
+        str(start + i): {"content": name, **flags, "special": special}
+        for i, (name, special) in enumerate(added.items())
+    }
 
 
 def write_llama3(folder):
     hf = trained(LLAMA3, ignore_merges=True)
     hf.add_special_tokens(LLAMA3_SPECIALS)
     bos_before_every_text(hf, "<|begin_of_text|>")
-    PreTrainedTokenizerFast(tokenizer_object=hf, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
-                            chat_template=LLAMA3_CHAT).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=hf,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
+        chat_template=LLAMA3_CHAT,
+    ).save_pretrained(folder)
 
 
 def write_seed(folder):
     hf = trained(LLAMA3, SEED_SPECIALS)
     bos_before_every_text(hf, SEED_SPECIALS[0])
     bos, pad, eos, sep = SEED_SPECIALS[:4]
-    PreTrainedTokenizerFast(tokenizer_object=hf, bos_token=bos, eos_token=eos, pad_token=pad, sep_token=sep,
-                            chat_template=SEED_CHAT).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=hf,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        sep_token=sep,
+        chat_template=SEED_CHAT,
+    ).save_pretrained(folder)
 
 
 def write_qwen(folder):
@@ -341,21 +547,44 @@ def write_qwen(folder):
     hf = trained(QWEN, normalizer=NFC())
     hf.model.save(str(folder))
     start = hf.get_vocab_size()
-    hf.add_tokens([AddedToken(name, normalized=False, special=special) for name, special in QWEN_ADDED.items()])
+    hf.add_tokens(
+        [
+            AddedToken(name, normalized=False, special=special)
+            for name, special in QWEN_ADDED.items()
+        ]
+    )
     hf.save(str(folder / "tokenizer.json"))
-    write(folder / "tokenizer_config.json", {
-        "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": decoder_of(QWEN_ADDED, start),
-        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "bos_token": None, "chat_template": QWEN_CHAT,
-        "clean_up_tokenization_spaces": False, "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 32768,
-        "pad_token": "<|endoftext|>", "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None})
+    write(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "added_tokens_decoder": decoder_of(QWEN_ADDED, start),
+            "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+            "bos_token": None,
+            "chat_template": QWEN_CHAT,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "errors": "replace",
+            "model_max_length": 32768,
+            "pad_token": "<|endoftext|>",
+            "split_special_tokens": False,
+            "tokenizer_class": "Qwen2Tokenizer",
+            "unk_token": None,
+        },
+    )
 
 
 def write_qwen3(folder):
     hf = trained(QWEN, normalizer=NFC())
     for name, special in (QWEN_ADDED | {"<é>": False}).items():
         hf.add_tokens([AddedToken(name, normalized=False, special=special)])
-    PreTrainedTokenizerFast(tokenizer_object=hf, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                            chat_template=TRICKS_CHAT).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=hf,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TRICKS_CHAT,
+    ).save_pretrained(folder)
 
 
 def write_dream(folder):
@@ -363,18 +592,33 @@ def write_dream(folder):
     write_qwen(folder)
     (folder / "tokenizer.json").unlink()
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    write(folder / "tokenizer_config.json", config | {
-        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}, "tokenizer_class": "DreamTokenizer",
-        "added_tokens_decoder": decoder_of(DREAM_ADDED, int(min(config["added_tokens_decoder"], key=int))),
-        "mask_token": {"__type": "AddedToken", "content": "<|mask|>"}, "bos_token": "<|beginoftext|>",
-        "eos_token": "<|endoftext|>"})
+    write(
+        folder / "tokenizer_config.json",
+        config
+        | {
+            "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+            "tokenizer_class": "DreamTokenizer",
+            "added_tokens_decoder": decoder_of(
+                DREAM_ADDED, int(min(config["added_tokens_decoder"], key=int))
+            ),
+            "mask_token": {"__type": "AddedToken", "content": "<|mask|>"},
+            "bos_token": "<|beginoftext|>",
+            "eos_token": "<|endoftext|>",
+        },
+    )
 
 
 def write(path, value):
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
-FAMILIES = {"llama3": write_llama3, "seed": write_seed, "qwen": write_qwen, "qwen3": write_qwen3, "dream": write_dream}
+FAMILIES = {
+    "llama3": write_llama3,
+    "seed": write_seed,
+    "qwen": write_qwen,
+    "qwen3": write_qwen3,
+    "dream": write_dream,
+}
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +648,9 @@ def copy_of(folder, tmp_path, **config):
 
 
 def their_ids(theirs, texts):
-    return theirs(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+    return theirs(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+    )["input_ids"]
 
 
 def random_texts(names, count):
@@ -422,8 +668,14 @@ def random_texts(names, count):
         if kind == 3:
             return draw.choice("aeiou Åがㄱ가") + "".join(draw.choices(marks, k=draw.randrange(3)))
         if kind == 4:
-            return draw.choice(names) if draw.random() < 0.3 else draw.choice(" \n\t\r\u00a0\u2003") * draw.randrange(1, 6)
-        return draw.choice(["I'm", "they'LL", "We're", "²", str(draw.randrange(10**8)), "٣٤٥٦", "𝟙𝟚", "'ſ", "İ"])
+            return (
+                draw.choice(names)
+                if draw.random() < 0.3
+                else draw.choice(" \n\t\r\u00a0\u2003") * draw.randrange(1, 6)
+            )
+        return draw.choice(
+            ["I'm", "they'LL", "We're", "²", str(draw.randrange(10**8)), "٣٤٥٦", "𝟙𝟚", "'ſ", "İ"]
+        )
 
     return ["".join(piece() for _ in range(draw.randrange(1, 16))) for _ in range(count)]
 
@@ -437,30 +689,53 @@ def test_ten_thousand_texts_of_all_kinds_give_transformers_ids_and_texts(family)
     specials = set(tok.special_ids.values())
     assert not any(specials & set(row) for row in ids)
     normal = NFC().normalize_str if tok.hf.normalizer else str
-    cut = [name for name in added if name not in tok.special_ids]  # around these, texts are normalized piece by piece
+    cut = [
+        name for name in added if name not in tok.special_ids
+    ]  # around these, texts are normalized piece by piece
     for i, (text, row) in enumerate(zip(texts, ids)):
         decoded = tok.decode(row)
         assert decoded == normal(text) or any(name in text for name in cut)
         assert tok.token_bytes[row].sum() == len(decoded.encode())
-        if i % 10 == 0 and "<é>" not in text:  # one in ten, for time; the library decodes that é as a byte
+        if (
+            i % 10 == 0 and "<é>" not in text
+        ):  # one in ten, for time; the library decodes that é as a byte
             assert decoded == theirs.decode(row, skip_special_tokens=True)
 
 
 def test_files_of_code_give_transformers_ids(family):
     _, _, tok, theirs = family
-    texts = [(STDLIB / name).read_text(encoding="utf-8") for name in UNSEEN[::2] if (STDLIB / name).is_file()]
+    texts = [
+        (STDLIB / name).read_text(encoding="utf-8")
+        for name in UNSEEN[::2]
+        if (STDLIB / name).is_file()
+    ]
     assert tok.encode_batch(texts) == their_ids(theirs, texts)
 
 
 def test_no_bos_is_put_before_a_text_nor_is_it_cut_or_filled_up(family, tmp_path):
     _, folder, tok, _ = family
     spec = json.loads(tok.json) | {
-        "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
-        "padding": {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-                    "pad_token": "x"}}
+        "truncation": {
+            "direction": "Right",
+            "max_length": 4,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        },
+        "padding": {
+            "strategy": {"Fixed": 9},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "x",
+        },
+    }
     write(tmp_path / "tokenizer.json", spec)
     for text in ("x", "def f(x): return x + 1", ""):
-        assert load_tokenizer(tmp_path).encode(text) == tok.encode(text) and tok.decode(tok.encode(text)) == text
+        assert (
+            load_tokenizer(tmp_path).encode(text) == tok.encode(text)
+            and tok.decode(tok.encode(text)) == text
+        )
 
 
 @pytest.mark.parametrize("messages", CHATS, ids=range(len(CHATS)))
@@ -468,23 +743,32 @@ def test_no_bos_is_put_before_a_text_nor_is_it_cut_or_filled_up(family, tmp_path
 def test_a_chat_is_transformers_chat(family, messages, prompted):
     _, _, tok, theirs = family
     ids = tok.chat(messages, add_generation_prompt=prompted)
-    assert ids == theirs.apply_chat_template(messages, add_generation_prompt=prompted, return_dict=False)
+    assert ids == theirs.apply_chat_template(
+        messages, add_generation_prompt=prompted, return_dict=False
+    )
     assert set(ids) & set(tok.special_ids.values())
     assert tok.chat(messages) == tok.chat(messages, True)
-    assert not set(tok.encode("<|im_end|> <|eot_id|> <[end▁of▁sentence]>")) & set(tok.special_ids.values()), "as before"
+    assert not set(tok.encode("<|im_end|> <|eot_id|> <[end▁of▁sentence]>")) & set(
+        tok.special_ids.values()
+    ), "as before"
 
 
 def names_of(tok):
     """What the four special tokens are called."""
-    return [i if i is None else tok.hf.id_to_token(i) for i in (tok.bos_id, tok.eos_id, tok.pad_id, tok.mask_id)]
+    return [
+        i if i is None else tok.hf.id_to_token(i)
+        for i in (tok.bos_id, tok.eos_id, tok.pad_id, tok.mask_id)
+    ]
 
 
 def test_special_tokens_are_what_each_folder_says(folders):
-    expected = {"llama3": ["<|begin_of_text|>", "<|eot_id|>", None, None],
-                "seed": [SEED_SPECIALS[0], SEED_SPECIALS[2], SEED_SPECIALS[1], None],
-                "qwen": [None, "<|im_end|>", "<|endoftext|>", None],
-                "qwen3": [None, "<|im_end|>", "<|endoftext|>", None],
-                "dream": [None, "<|endoftext|>", "<|endoftext|>", "<|mask|>"]}  # its tokenizer_config.json adds no bos
+    expected = {
+        "llama3": ["<|begin_of_text|>", "<|eot_id|>", None, None],
+        "seed": [SEED_SPECIALS[0], SEED_SPECIALS[2], SEED_SPECIALS[1], None],
+        "qwen": [None, "<|im_end|>", "<|endoftext|>", None],
+        "qwen3": [None, "<|im_end|>", "<|endoftext|>", None],
+        "dream": [None, "<|endoftext|>", "<|endoftext|>", "<|mask|>"],
+    }  # its tokenizer_config.json adds no bos
     assert {name: names_of(load_tokenizer(folder)) for name, folder in folders.items()} == expected
     assert names_of(load_tokenizer(folders["seed"] / "tokenizer.json")) == expected["seed"]
 
@@ -492,9 +776,16 @@ def test_special_tokens_are_what_each_folder_says(folders):
 def same(a, b):
     """Whether two Tokenizers do the same."""
     texts = random_texts([*a.special_ids, *SPECIALS, "<tool_call>"], 300)
-    return (a.json == b.json and a.config == b.config and a.jinja == b.jinja and names_of(a) == names_of(b)
-            and a.vocab_size == b.vocab_size and a.special_ids == b.special_ids and (a.token_bytes == b.token_bytes).all()
-            and a.encode_batch(texts) == b.encode_batch(texts))
+    return (
+        a.json == b.json
+        and a.config == b.config
+        and a.jinja == b.jinja
+        and names_of(a) == names_of(b)
+        and a.vocab_size == b.vocab_size
+        and a.special_ids == b.special_ids
+        and (a.token_bytes == b.token_bytes).all()
+        and a.encode_batch(texts) == b.encode_batch(texts)
+    )
 
 
 def check_saved(tok, folder, **config):
@@ -509,44 +800,70 @@ def check_saved(tok, folder, **config):
     texts = random_texts([*tok.special_ids, "<tool_call>"], 500)
     assert tok.encode_batch(texts) == their_ids(theirs, texts)
     assert len(theirs) == tok.vocab_size
-    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id) == (tok.eos_id, tok.pad_id, tok.mask_id)
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.mask_token_id) == (
+        tok.eos_id,
+        tok.pad_id,
+        tok.mask_id,
+    )
     assert tok.bos_id in (None, theirs.bos_token_id)
     parsed = theirs("".join(tok.special_ids), add_special_tokens=False)["input_ids"]
     assert parsed == list(tok.special_ids.values())
     for messages in CHATS if theirs.chat_template else []:
-        assert tok.chat(messages) == again.chat(messages) == theirs.apply_chat_template(messages, add_generation_prompt=True,
-                                                                                        return_dict=False)
+        assert (
+            tok.chat(messages)
+            == again.chat(messages)
+            == theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        )
     return again, theirs
 
 
 def test_what_is_saved_loads_as_the_same_here_and_in_transformers(family, tmp_path):
     name, folder, tok, theirs = family
     again, saved = check_saved(tok, tmp_path / "saved")
-    check_saved(tok, tmp_path / "model", model_type={"llama3": "llama", "seed": "llama", "qwen3": "qwen3"}.get(name, "qwen2"))
+    check_saved(
+        tok,
+        tmp_path / "model",
+        model_type={"llama3": "llama", "seed": "llama", "qwen3": "qwen3"}.get(name, "qwen2"),
+    )
     assert saved.chat_template == theirs.chat_template is not None
     assert saved.bos_token == theirs.bos_token
     if name != "dream":
-        assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-        assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8")) == \
-            json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert (tmp_path / "saved" / "chat_template.jinja").is_file() == (folder / "chat_template.jinja").is_file()
+        assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (
+            folder / "tokenizer.json"
+        ).read_bytes()
+        assert json.loads(
+            (tmp_path / "saved" / "tokenizer_config.json").read_text(encoding="utf-8")
+        ) == json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "saved" / "chat_template.jinja").is_file() == (
+        folder / "chat_template.jinja"
+    ).is_file()
 
 
 def test_a_folder_with_code_of_its_own_is_saved_as_one_that_needs_none(folders, tmp_path):
     alone = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     assert load_tokenizer(folders["dream"]).config.items() >= alone.items()
     assert "auto_map" not in load_tokenizer(folders["dream"]).config
-    assert load_tokenizer(copy_of(folders["dream"], tmp_path, auto_map=...)).config.items() >= alone.items()
+    assert (
+        load_tokenizer(copy_of(folders["dream"], tmp_path, auto_map=...)).config.items()
+        >= alone.items()
+    )
     (tmp_path / "again").mkdir()
-    copy = copy_of(folders["qwen"], tmp_path / "again", auto_map={"AutoTokenizer": ["tokenization_x.X", None]})
-    assert load_tokenizer(copy).config.items() >= alone.items() and "auto_map" not in load_tokenizer(copy).config
+    copy = copy_of(
+        folders["qwen"], tmp_path / "again", auto_map={"AutoTokenizer": ["tokenization_x.X", None]}
+    )
+    assert (
+        load_tokenizer(copy).config.items() >= alone.items()
+        and "auto_map" not in load_tokenizer(copy).config
+    )
     assert load_tokenizer(folders["qwen"]).config["tokenizer_class"] == "Qwen2Tokenizer"
 
 
 def test_our_own_is_saved_byte_for_byte_with_its_names(spec, tok, tmp_path):
     again, theirs = check_saved(tok, tmp_path / "saved")
     assert (tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8") == json.dumps(spec)
-    assert [theirs.bos_token, theirs.eos_token, theirs.mask_token, theirs.pad_token] == list(SPECIALS)
+    assert [theirs.bos_token, theirs.eos_token, theirs.mask_token, theirs.pad_token] == list(
+        SPECIALS
+    )
     assert again.tik and not theirs.chat_template and theirs.clean_up_tokenization_spaces is False
 
 
@@ -561,17 +878,27 @@ def test_bos_and_mask_that_are_missing_become_the_next_ids_in_this_order(family,
         assert tok.token_bytes.tolist() == plain.token_bytes.tolist() + [0, 0]
     assert not tok.hf.get_added_tokens_decoder()[tok.mask_id].normalized
     text = "def f():\n    return '<|mask|><|beginoftext|>é'\n"
-    assert tok.encode(text) == plain.encode(text) and tok.decode([tok.bos_id, *tok.encode(text), tok.mask_id]) == plain.decode(
-        plain.encode(text))
+    assert tok.encode(text) == plain.encode(text) and tok.decode(
+        [tok.bos_id, *tok.encode(text), tok.mask_id]
+    ) == plain.decode(plain.encode(text))
     again, theirs = check_saved(tok, tmp_path / "saved")
     assert (theirs.bos_token, theirs.mask_token) == ("<|beginoftext|>", "<|mask|>")
-    assert tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json")).token_to_id("<|mask|>") == tok.mask_id
-    assert same(again, load_tokenizer(tmp_path / "saved", mask_token="<|mask|>")), "a name it already has changes nothing"
+    assert (
+        tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json")).token_to_id(
+            "<|mask|>"
+        )
+        == tok.mask_id
+    )
+    assert same(again, load_tokenizer(tmp_path / "saved", mask_token="<|mask|>")), (
+        "a name it already has changes nothing"
+    )
 
 
 def test_names_that_are_there_are_taken_even_if_they_were_not_special(folders, tmp_path):
     tok = load_tokenizer(folders["seed"], mask_token="<[MASK▁TOKEN]>")
-    assert tok.mask_id == 4 and tok.json == (folders["seed"] / "tokenizer.json").read_text(encoding="utf-8")
+    assert tok.mask_id == 4 and tok.json == (folders["seed"] / "tokenizer.json").read_text(
+        encoding="utf-8"
+    )
     assert tok.config["mask_token"] == "<[MASK▁TOKEN]>"
     tok = load_tokenizer(folders["qwen"], mask_token="<|fim_prefix|>")
     plain = load_tokenizer(folders["qwen"])
@@ -585,66 +912,120 @@ def test_names_that_are_there_are_taken_even_if_they_were_not_special(folders, t
 def test_our_own_takes_other_names_too_and_stays_with_tiktoken(tok, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tok.json, encoding="utf-8")
     other = load_tokenizer(tmp_path, mask_token="[MASK]")
-    assert (other.bos_id, other.eos_id, other.pad_id, other.mask_id, other.vocab_size) == (0, 1, 3, 800, 801) and other.tik
+    assert (other.bos_id, other.eos_id, other.pad_id, other.mask_id, other.vocab_size) == (
+        0,
+        1,
+        3,
+        800,
+        801,
+    ) and other.tik
     check_same_ids_and_nothing_lost(other, "<mask> [MASK] <bos>")
     check_saved(other, tmp_path / "saved")
 
 
-@pytest.mark.parametrize("config, names", [
-    ({"bos_token": "<|endoftext|>"}, ["<|endoftext|>", "<|im_end|>", "<|endoftext|>", None]),
-    ({"bos_token": "<|endoftext|>", "add_bos_token": ...}, ["<|endoftext|>", "<|im_end|>", "<|endoftext|>", None]),
-    ({"bos_token": "<|endoftext|>", "add_bos_token": False}, [None, "<|im_end|>", "<|endoftext|>", None]),
-    ({"bos_token": ..., "add_bos_token": ...}, [None, "<|im_end|>", "<|endoftext|>", None]),
-    ({"eos_token": {"content": "<|endoftext|>", "lstrip": False}, "pad_token": None}, [None, "<|endoftext|>", None, None]),
-    ({"mask_token": "<|im_start|>"}, [None, "<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
-])
+@pytest.mark.parametrize(
+    "config, names",
+    [
+        ({"bos_token": "<|endoftext|>"}, ["<|endoftext|>", "<|im_end|>", "<|endoftext|>", None]),
+        (
+            {"bos_token": "<|endoftext|>", "add_bos_token": ...},
+            ["<|endoftext|>", "<|im_end|>", "<|endoftext|>", None],
+        ),
+        (
+            {"bos_token": "<|endoftext|>", "add_bos_token": False},
+            [None, "<|im_end|>", "<|endoftext|>", None],
+        ),
+        ({"bos_token": ..., "add_bos_token": ...}, [None, "<|im_end|>", "<|endoftext|>", None]),
+        (
+            {"eos_token": {"content": "<|endoftext|>", "lstrip": False}, "pad_token": None},
+            [None, "<|endoftext|>", None, None],
+        ),
+        ({"mask_token": "<|im_start|>"}, [None, "<|im_end|>", "<|endoftext|>", "<|im_start|>"]),
+    ],
+)
 def test_tokenizer_config_decides_over_config_json(folders, tmp_path, config, names):
     copy = copy_of(folders["qwen"], tmp_path, **{"add_bos_token": True, **config})
     assert names_of(load_tokenizer(copy)) == names
     ids = load_tokenizer(copy).special_ids
-    write(copy / "config.json", {"bos_token_id": ids["<|im_end|>"], "eos_token_id": [5, 6], "pad_token_id": 7})
+    write(
+        copy / "config.json",
+        {"bos_token_id": ids["<|im_end|>"], "eos_token_id": [5, 6], "pad_token_id": 7},
+    )
     assert names_of(load_tokenizer(copy)) == names
 
 
 def test_config_json_tells_a_mask_that_has_no_name(folders, tmp_path):
     copy = copy_of(folders["qwen"], tmp_path)
     i = load_tokenizer(copy).special_ids["<|im_start|>"]
-    for value, mask in [(i, i), (10**6, None), (-1, None), (None, None), ("<|im_start|>", None), (1.5, None)]:
+    for value, mask in [
+        (i, i),
+        (10**6, None),
+        (-1, None),
+        (None, None),
+        ("<|im_start|>", None),
+        (1.5, None),
+    ]:
         write(copy / "config.json", {"mask_token_id": value})
         assert load_tokenizer(copy).mask_id == mask
     write(copy / "config.json", {"mask_token_id": i})
     (tmp_path / "named").mkdir()
     named = copy_of(copy, tmp_path / "named", mask_token="<|im_end|>")
-    assert load_tokenizer(named).mask_id == load_tokenizer(named).special_ids["<|im_end|>"], "a name goes before it"
+    assert load_tokenizer(named).mask_id == load_tokenizer(named).special_ids["<|im_end|>"], (
+        "a name goes before it"
+    )
     check_saved(load_tokenizer(copy), tmp_path / "saved")
     assert load_tokenizer(copy, mask_token="<|mask|>").mask_id == load_tokenizer(copy).vocab_size
 
 
-def test_without_tokenizer_config_the_older_file_then_config_json_then_our_names_decide(folders, tmp_path):
+def test_without_tokenizer_config_the_older_file_then_config_json_then_our_names_decide(
+    folders, tmp_path
+):
     shutil.copy(folders["seed"] / "tokenizer.json", tmp_path)
     assert names_of(load_tokenizer(tmp_path)) == [None] * 4
-    write(tmp_path / "config.json", {"bos_token_id": 0, "eos_token_id": [2, 3], "pad_token_id": None, "mask_token_id": 4})
-    assert names_of(load_tokenizer(tmp_path)) == [SEED_SPECIALS[0], SEED_SPECIALS[2], None, SEED_SPECIALS[4]]
+    write(
+        tmp_path / "config.json",
+        {"bos_token_id": 0, "eos_token_id": [2, 3], "pad_token_id": None, "mask_token_id": 4},
+    )
+    assert names_of(load_tokenizer(tmp_path)) == [
+        SEED_SPECIALS[0],
+        SEED_SPECIALS[2],
+        None,
+        SEED_SPECIALS[4],
+    ]
     check_saved(load_tokenizer(tmp_path), tmp_path / "saved")
     write(tmp_path / "config.json", {"eos_token_id": []})
-    write(tmp_path / "special_tokens_map.json", {"eos_token": {"content": SEED_SPECIALS[3]}, "additional_special_tokens": []})
+    write(
+        tmp_path / "special_tokens_map.json",
+        {"eos_token": {"content": SEED_SPECIALS[3]}, "additional_special_tokens": []},
+    )
     assert names_of(load_tokenizer(tmp_path)) == [None, SEED_SPECIALS[3], None, None]
     check_saved(load_tokenizer(tmp_path), tmp_path / "saved again")
-    write(tmp_path / "tokenizer_config.json", {"eos_token": SEED_SPECIALS[2], "added_tokens_decoder": {}})
+    write(
+        tmp_path / "tokenizer_config.json",
+        {"eos_token": SEED_SPECIALS[2], "added_tokens_decoder": {}},
+    )
     assert names_of(load_tokenizer(tmp_path)) == [None, SEED_SPECIALS[2], None, None]
 
 
 def test_a_token_that_is_only_named_is_added_as_transformers_does(folders, tmp_path):
     copy = copy_of(folders["qwen3"], tmp_path, pad_token="[PAD]", mask_token="[MASK]")
     tok, theirs = load_tokenizer(copy), AutoTokenizer.from_pretrained(copy)
-    assert (tok.pad_id, tok.mask_id) == (theirs.pad_token_id, theirs.mask_token_id) == (tok.vocab_size - 2, tok.vocab_size - 1)
+    assert (
+        (tok.pad_id, tok.mask_id)
+        == (theirs.pad_token_id, theirs.mask_token_id)
+        == (tok.vocab_size - 2, tok.vocab_size - 1)
+    )
 
 
 def test_added_tokens_that_are_not_special_have_their_bytes(folders):
     tok = load_tokenizer(folders["qwen3"])
     for name in ("<tool_call>", "<|fim_prefix|>", "<é>"):
-        i, = tok.encode(name)
-        assert tok.bytes_of(i) == name.encode() and tok.token_bytes[i] == len(name.encode()) and tok.decode([i]) == name
+        (i,) = tok.encode(name)
+        assert (
+            tok.bytes_of(i) == name.encode()
+            and tok.token_bytes[i] == len(name.encode())
+            and tok.decode([i]) == name
+        )
     assert tok.bytes_of(tok.vocab_size) == tok.bytes_of(-1) == b""
 
 
@@ -655,24 +1036,36 @@ def test_ids_with_gaps(folders, tmp_path):
     spec["model"]["vocab"][last] += 1000
     tok = written(spec, tmp_path)
     assert tok.vocab_size == 2200 == tok.hf.get_vocab_size() + 1000
-    assert tok.token_bytes[1199:2199].sum() == 0 and tok.bytes_of(2000) == b"" and tok.decode([2000]) == ""
-    assert tok.decode(tok.encode("def f():")) == "def f():" and tok.token_bytes[2199] == len(tok.bytes_of(2199)) > 1
+    assert (
+        tok.token_bytes[1199:2199].sum() == 0
+        and tok.bytes_of(2000) == b""
+        and tok.decode([2000]) == ""
+    )
+    assert (
+        tok.decode(tok.encode("def f():")) == "def f():"
+        and tok.token_bytes[2199] == len(tok.bytes_of(2199)) > 1
+    )
     with pytest.raises(Mistake, match="<m> cannot be added .* its ids have gaps$"):
         load_tokenizer(tmp_path, mask_token="<m>")
 
 
 # --- chats ----------------------------------------------------------------------------------------------------------
 
+
 def test_a_template_in_its_own_file_goes_before_the_one_in_tokenizer_config(folders, tmp_path):
     copy = copy_of(folders["qwen"], tmp_path)
     inside = load_tokenizer(copy).chat(CHATS[0])
-    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}<|im_end|>", encoding="utf-8")
+    (copy / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}<|im_end|>", encoding="utf-8"
+    )
     tok = load_tokenizer(copy)
     assert tok.decode(tok.chat(CHATS[0])) == CHATS[0][0]["content"] and tok.chat(CHATS[0]) != inside
     _, theirs = check_saved(tok, tmp_path / "saved")
     assert theirs.chat_template == tok.jinja
     load_tokenizer(folders["qwen"]).save(tmp_path / "saved")
-    assert load_tokenizer(tmp_path / "saved").chat(CHATS[0]) == inside, "nothing of the other one stays"
+    assert load_tokenizer(tmp_path / "saved").chat(CHATS[0]) == inside, (
+        "nothing of the other one stays"
+    )
 
 
 def test_of_several_templates_the_default_is_used(folders, tmp_path):
@@ -682,41 +1075,213 @@ def test_of_several_templates_the_default_is_used(folders, tmp_path):
     check_saved(load_tokenizer(copy), tmp_path / "saved")
 
 
-@pytest.mark.parametrize("template, messages, said", [
-    (..., CHATS[0], "the tokenizer in .* has no chat template$"),
-    ([{"name": "tool_use", "template": "x"}], CHATS[0], "has no chat template$"),
-    (QWEN_CHAT, [], "a chat has no messages$"),
-    (TRICKS_CHAT, [{"role": "tool", "content": "x"}], "refuses these messages: no tools here, only 'user' & co.$"),
-    ("{% for %}", CHATS[0], "refuses these messages: "),
-    ("{{ messages[7].content }}", CHATS[0], "refuses these messages: "),
-    ("{{ 'a' + none }}", CHATS[0], "refuses these messages: "),
-    ("{{ messages.append(1) }}", CHATS[0], "refuses these messages: .* unsafe"),
-    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", CHATS[0], "refuses these messages: .* unsafe"),
-])
+@pytest.mark.parametrize(
+    "template, messages, said",
+    [
+        (..., CHATS[0], "the tokenizer in .* has no chat template$"),
+        ([{"name": "tool_use", "template": "x"}], CHATS[0], "has no chat template$"),
+        (QWEN_CHAT, [], "a chat has no messages$"),
+        (
+            TRICKS_CHAT,
+            [{"role": "tool", "content": "x"}],
+            "refuses these messages: no tools here, only 'user' & co.$",
+        ),
+        ("{% for %}", CHATS[0], "refuses these messages: "),
+        ("{{ messages[7].content }}", CHATS[0], "refuses these messages: "),
+        ("{{ 'a' + none }}", CHATS[0], "refuses these messages: "),
+        ("{{ messages.append(1) }}", CHATS[0], "refuses these messages: .* unsafe"),
+        (
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            CHATS[0],
+            "refuses these messages: .* unsafe",
+        ),
+    ],
+)
 def test_a_chat_that_cannot_be_is_one_sentence(folders, tmp_path, template, messages, said):
     tok = load_tokenizer(copy_of(folders["qwen"], tmp_path, chat_template=template))
     with pytest.raises(Mistake, match=said) as caught:
         tok.chat(messages)
-    assert "\n" not in str(caught.value) and not set(tok.encode("<|im_end|>")) & set(tok.special_ids.values())
+    assert "\n" not in str(caught.value) and not set(tok.encode("<|im_end|>")) & set(
+        tok.special_ids.values()
+    )
+
+
+# --- what only a hostile or damaged text does --------------------------------------------------
+
+
+@pytest.mark.parametrize("spaces", [" " * 1_000_100, " \t\x0b" * 333_400])
+def test_a_million_spaces_are_encoded_as_tokenizers_does(tok, spaces):
+    text = f"x = 1\r\n{spaces}y\n"
+    (ids,) = tok.encode_batch([text])
+    assert ids == by_hugging_face(tok, text)
+    assert tok.decode(ids) == text
+
+
+def test_the_guard_for_long_blanks_looks_at_blanks_alone(tok, monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_SPACES", 10)
+    for text in ("a" * 99, " \n" * 5, "x" + " " * 10 + "y" * 10 + "\t" * 10, "  x" * 9):
+        assert not tokenizer.has_long_blank(text)
+        check_same_ids_and_nothing_lost(tok, text)
+    for text in (" " * 11, "x" + " \n\t\r\x0b\x0c" * 2 + "y"):
+        assert tokenizer.has_long_blank(text)
+        check_same_ids_and_nothing_lost(tok, text)
+        assert tok.encode_batch(["a  b", text]) == [tok.encode("a  b"), tok.encode(text)]
+
+
+@pytest.mark.parametrize("text", ["\ud800", "x = '\udcff'\n", "\ude00\ud83d"])
+def test_a_lone_surrogate_is_refused_with_a_one_line_message(tok, folders, text):
+    place = next(i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff")
+    for of in (tok, load_tokenizer(folders["qwen"])):
+        for encode in (of.encode, lambda t, of=of: of.encode_batch(["x", t])):
+            with pytest.raises(Mistake, match=f"not Unicode: character {place} is .* surrogate$"):
+                encode(text)
+    with pytest.raises(Mistake, match="refuses these messages: the text is not Unicode"):
+        load_tokenizer(folders["qwen"]).chat([{"role": "user", "content": text}])
+
+
+@pytest.mark.parametrize(
+    "family, name, said",
+    [
+        ("ours", "<eos>", "is the eos_token of"),
+        ("ours", "<pad>", "is the pad_token of"),
+        ("ours", "<bos>", "is the bos_token of"),
+        ("ours", "def", "is an ordinary token of"),
+        ("qwen", "<|im_end|>", "is the eos_token of"),
+        ("qwen", "<|endoftext|>", "is the pad_token of"),
+        ("qwen", "!", "is an ordinary token of"),
+        ("seed", "Ġ", "is an ordinary token of"),
+    ],
+)
+def test_a_mask_that_texts_or_documents_hold_is_refused(folders, tok, family, name, said):
+    folder = tok.folder if family == "ours" else folders[family]
+    with pytest.raises(
+        Mistake, match=f"{said} .*a new name, such as '<|mask|>', is added"
+    ) as caught:
+        load_tokenizer(folder, mask_token=name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mask_may_not_be_the_new_bos_either(folders):
+    with pytest.raises(Mistake, match="is the bos_token of"):
+        load_tokenizer(folders["qwen"], bos_token="<|x|>", mask_token="<|x|>")
+
+
+@pytest.mark.parametrize("value", [5, ["<eos>"], True, {"name": "<eos>"}, 1.5])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_special_token_that_is_not_a_name_is_refused(folders, tmp_path, key, value):
+    copy = copy_of(folders["qwen"], tmp_path, **{key: value})
+    with pytest.raises(Mistake, match=f"{key}=.* is not a token's name"):
+        load_tokenizer(copy)
+
+
+@pytest.mark.parametrize("where", ["vocabulary", "added tokens"])
+def test_an_id_of_two_billion_is_refused_before_a_table_is_made(spec, tmp_path, where):
+    other = json.loads(json.dumps(spec))
+    if where == "vocabulary":
+        other["model"]["vocab"]["zqzq"] = 2**31 - 1
+    else:
+        other["model"]["vocab"]["<far>"] = 2**31 - 1
+        other["added_tokens"].append(
+            other["added_tokens"][0] | {"id": 2**31 - 1, "content": "<far>"}
+        )
+    with pytest.raises(Mistake, match="has a token with id 2147483647: ids are below"):
+        written(other, tmp_path)
+
+
+def test_a_tokenizer_json_without_a_model_type_is_read_as_tokenizers_reads_it(spec, tmp_path):
+    other = json.loads(json.dumps(spec))
+    del other["model"]["type"]
+    check_same_ids_and_nothing_lost(written(other, tmp_path), "def f(x):\n    return x\n")
+
+
+HOSTILE = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "an endless sum": "{{ 10 ** (10 ** 10) }}",
+    "a text without end": "{% set n = namespace(s='x') %}{% for i in range(99) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "a long line": "{{ 'x'.center(10 ** 11) }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_a_chat_template_that_would_never_end_is_stopped(
+    folders, tmp_path, monkeypatch, name, thread
+):
+    """At most five seconds here; the template after it is not affected."""
+    monkeypatch.setattr(tokenizer, "TEMPLATE_SECONDS", 5)
+    tok = load_tokenizer(copy_of(folders["qwen"], tmp_path, chat_template=HOSTILE[name]))
+    errors, began = [], time.monotonic()
+
+    def chat():
+        with pytest.raises(
+            Mistake, match="refuses these messages: it .*(stopped|memory)"
+        ) as caught:
+            tok.chat(CHATS[0])
+        errors.append(str(caught.value))
+
+    if thread == "main":
+        chat()
+    else:
+        other = threading.Thread(target=chat)
+        other.start()
+        other.join()
+    assert len(errors) == 1 and "\n" not in errors[0] and time.monotonic() - began < 15
+    good = load_tokenizer(folders["qwen"])
+    assert good.decode(good.chat(CHATS[0])).endswith("assistant\n")
+
+
+def test_a_chat_is_rendered_by_a_process_that_is_kept(folders):
+    tok = load_tokenizer(folders["qwen"])
+    first = tok.chat(CHATS[0])
+    process = tokenizer.workers[os.getpid()]
+    began = time.monotonic()
+    assert all(tok.chat(CHATS[0]) == first for _ in range(50))
+    assert tokenizer.workers[os.getpid()] is process and time.monotonic() - began < 5
+
+
+def test_a_renderer_that_was_killed_is_started_again(folders):
+    tok = load_tokenizer(folders["qwen"])
+    first = tok.chat(CHATS[0])
+    tokenizer.workers[os.getpid()].kill()
+    tokenizer.workers[os.getpid()].wait()
+    assert tok.chat(CHATS[0]) == first
+
+
+@pytest.mark.parametrize("template", [5, {"a": 1}, [5, "x", None], True])
+def test_a_chat_template_that_is_no_text_is_refused(folders, tmp_path, template):
+    tok = load_tokenizer(copy_of(folders["qwen"], tmp_path, chat_template=template))
+    with pytest.raises(Mistake, match="is not a text$|has no chat template$"):
+        tok.chat(CHATS[0])
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
+
 
 def test_a_missing_file_or_folder_is_one_sentence(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "nowhere" / "tokenizer.json"):
         with pytest.raises(Mistake) as caught:
             load_tokenizer(path)
         message = str(caught.value)
-        assert message.startswith(f"no tokenizer at {tmp_path}") and "\n" not in message and "data.stdlib.prepare" in message
+        assert (
+            message.startswith(f"no tokenizer at {tmp_path}")
+            and "\n" not in message
+            and "data.stdlib.prepare" in message
+        )
 
 
-@pytest.mark.parametrize("cut", ["half of it", "nothing", "{}", "[1, 2]", "\x00\x01", '{"model": {"type": "Nope"}}'])
+@pytest.mark.parametrize(
+    "cut", ["half of it", "nothing", "{}", "[1, 2]", "\x00\x01", '{"model": {"type": "Nope"}}']
+)
 def test_a_file_that_does_not_parse_is_one_sentence(spec, tmp_path, cut):
     path = tmp_path / "tokenizer.json"
     path.write_text({"half of it": json.dumps(spec)[:5000], "nothing": ""}.get(cut, cut))
     with pytest.raises(Mistake) as caught:
         load_tokenizer(path)
-    assert str(caught.value).startswith(f"{path} is not a readable tokenizer.json: ") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(
+        f"{path} is not a readable tokenizer.json: "
+    ) and "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_utf_8_is_one_sentence(tmp_path):
@@ -726,13 +1291,24 @@ def test_a_file_that_is_not_utf_8_is_one_sentence(tmp_path):
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"tokenizer_class": "GPT2Tokenizer"}, "has only a vocab.json, of the class GPT2Tokenizer: .* save_pretrained write the file"),
-    ({"tokenizer_class": ...}, "has only a vocab.json, of the class None"),
-    ({"added_tokens_decoder": ...}, "has only a vocab.json, of the class DreamTokenizer"),
-    ({"added_tokens_decoder": {"900": {"content": "<|x|>", "special": True}}}, r"<\|x\|> in .* cannot have id 900"),
-])
-def test_a_vocabulary_without_tokenizer_json_that_is_not_known_is_one_sentence(folders, tmp_path, change, said):
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            {"tokenizer_class": "GPT2Tokenizer"},
+            "has only a vocab.json, of the class GPT2Tokenizer: .* save_pretrained write the file",
+        ),
+        ({"tokenizer_class": ...}, "has only a vocab.json, of the class None"),
+        ({"added_tokens_decoder": ...}, "has only a vocab.json, of the class DreamTokenizer"),
+        (
+            {"added_tokens_decoder": {"900": {"content": "<|x|>", "special": True}}},
+            r"<\|x\|> in .* cannot have id 900",
+        ),
+    ],
+)
+def test_a_vocabulary_without_tokenizer_json_that_is_not_known_is_one_sentence(
+    folders, tmp_path, change, said
+):
     with pytest.raises(Mistake, match=said) as caught:
         load_tokenizer(copy_of(folders["dream"], tmp_path, **change))
     assert "\n" not in str(caught.value)
@@ -743,8 +1319,12 @@ def test_a_damaged_or_missing_file_beside_it_is_one_sentence(folders, tmp_path):
     (copy / "merges.txt").unlink()
     with pytest.raises(Mistake, match="has no readable vocab.json, merges.txt .* in place of"):
         load_tokenizer(copy)
-    for text, said in ((b'{"eos_token": ', "is not readable JSON: "), (b"[1, 2]", "holds a list, not an"),
-                       (b"7", "holds a int, not an object"), (b"\x80\x02", "is not UTF-8 text")):
+    for text, said in (
+        (b'{"eos_token": ', "is not readable JSON: "),
+        (b"[1, 2]", "holds a list, not an"),
+        (b"7", "holds a int, not an object"),
+        (b"\x80\x02", "is not UTF-8 text"),
+    ):
         (copy / "tokenizer_config.json").write_bytes(text)
         with pytest.raises(Mistake, match=f"tokenizer_config.json {said}") as caught:
             load_tokenizer(copy)
@@ -761,7 +1341,10 @@ def test_a_vocabulary_with_no_room_for_the_bytes_is_refused(size):
 @given(text=TEXTS, size=st.integers(260, 300))
 def test_the_smallest_vocabularies_encode_everything(tmp_path_factory, text, size):
     path = tmp_path_factory.getbasetemp() / "smallest.json"
-    path.write_text(train_tokenizer(["for i in range(10):\n    print(i)\n" * 3], size).to_str(), encoding="utf-8")
+    path.write_text(
+        train_tokenizer(["for i in range(10):\n    print(i)\n" * 3], size).to_str(),
+        encoding="utf-8",
+    )
     tok = load_tokenizer(path)
     assert 260 <= tok.vocab_size <= size
     check_same_ids_and_nothing_lost(tok, text)

@@ -1,29 +1,41 @@
-"""Text files, more than fit in memory, as the shards that loader.py reads: by many processes, and resumable.
+"""Text files, more than fit in memory, as the shards that loader.py reads.
 
-    python -m data.stack.prepare --source="/corpus/*.jsonl.zst" --text=content --out=data/mine    # every document once
-    python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code --tokens=3e9      # sources by weight
-    python -m data.stack.prepare --mixture=data/stack/coda.json --out=data/coda --tokens=1e9 --tokenizer=FOLDER
+    python -m data.stack.prepare --source="/corpus/*.jsonl.zst" --text=content --out=data/mine
+    python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code --tokens=3e9
+    python -m data.stack.prepare --mixture=data/stack/coda.json --out=data/coda --tokens=1e9 \\
+        --tokenizer=FOLDER
 
-A source is .jsonl, .jsonl.gz, .jsonl.zst or .parquet files: a file, a glob, a folder, or a URL that fsspec opens, such as
-hf://datasets/OWNER/NAME/data/*.parquet. A mixture is a JSON list of {"name", "source" (one or a list of them), "weight",
-"text" (the column with the document)} and, where wanted, "language_column", "languages" (to keep), "licence" and "note".
-coda.json and code.json say under what terms their sources come, and what of it could not be confirmed.
+The first takes every document once, the others take sources by weight. Many processes share the
+work; a run that was interrupted goes on with the same command.
 
-Writes train_00000.bin, train_00000.idx, val_00000.bin and so on as data/stdlib/prepare.py does, tokenizer.json, and
-meta.json last: without it loader.py refuses the folder. Documents stand in the order of the mixture, then of the files'
-names, then of the rows; the loader shuffles. It takes two steps, which overlap:
+A source is .jsonl, .jsonl.gz, .jsonl.zst or .parquet files: a file, a glob, a folder, or a URL
+that fsspec opens, such as hf://datasets/OWNER/NAME/data/*.parquet. A mixture is a JSON list of
+{"name", "source" (one or a list of them), "weight", "text" (the column with the document)} and,
+where wanted, "language_column", "languages" (to keep), "licence" and "note". coda.json and
+code.json say under what terms their sources come, and what of it could not be confirmed.
 
-1. Workers make each input file into a part: out/parts/N.bin (its documents' tokens), N.docs (their hashes and lengths)
-   and, when those are whole, N.json. A part depends on its file alone.
-2. The main process takes the parts in order, leaves out documents that were there before (a table in sqlite: the first
-   owner wins) and appends the rest to the shards. With each part, sqlite commits how long the shards are; a
-   run that was killed cuts them back to that and goes on. So neither workers nor interruptions change a byte.
+Writes train_00000.bin, train_00000.idx, val_00000.bin and so on as data/stdlib/prepare.py does,
+tokenizer.json, and meta.json last: without it loader.py refuses the folder. Documents stand in the
+order of the mixture, then of the files' names, then of the rows; the loader shuffles. There are two
+stages, which overlap:
 
---tokens=N: a source gives N * weight / (sum of weights) tokens, to the document. One with fewer is read again from its start,
-but for the documents held out. --tokens=0: every document once, and the weights must be equal, as they mean nothing.
+1. Workers make each input file into a part: out/parts/N.bin (its documents' tokens), N.docs (their
+   hashes and lengths) and, when those are complete, N.json. A part depends on its file alone.
+2. The main process takes the parts in order, leaves out duplicates of earlier documents (a table in
+   sqlite: the first owner wins) and appends the rest to the shards. With each part, sqlite commits
+   how long the shards are. A run that was killed cuts them back to that length and goes on. So
+   neither workers nor interruptions change a byte.
+
+--tokens=N: a source gives N * weight / (sum of weights) tokens, to the nearest document above. One
+with fewer is read again from its start, except for the documents held out. --tokens=0: every
+document once, and the weights must be equal, as they mean nothing.
 
 Not covered: near-duplicates, the quality of a text, several machines, columns within columns.
 """
+if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints no traceback
+    from configurator import begin
+    begin()
+
 import hashlib
 import itertools
 import json
@@ -44,9 +56,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import configure
+from configurator import Float, Int, Mistake, Name, check_fields, configure
 from data.stack.sources import list_files, read_mixture, read_texts
-from data.stdlib.prepare import write_aside
+from data.stdlib.prepare import find_tokenizer, open_tokenizer, shorten_blanks
+from files import read_json, read_text, write_text
 from tokenizer import SPLIT, Tokenizer, train_tokenizer
 
 
@@ -54,16 +67,16 @@ from tokenizer import SPLIT, Tokenizer, train_tokenizer
 class Config:
     source: str = ""  # one source: a file, a glob, a folder or a URL
     mixture: str = ""  # or several: a JSON file, such as data/stack/code.json
-    text: str = "text"  # the column with the text, for --source
-    out: str = "data/code"  # folder to write to
-    tokens: int = 0  # how many to write, train and val together; 0: every document once
-    tokenizer: str = ""  # folder of a tokenizer to use, or a model's name on the Hub; empty: train one
-    bos_token: str = ""  # name of the token that begins a document; empty: the tokenizer's, if any; a new name is added
-    vocab_size: int = 32768  # ids in all, for a tokenizer trained here
-    val_percent: float = 0.5  # share of the documents held out for validation, in percent; a hash of their text decides
-    max_chars: int = 1000000  # longer documents are left out
-    shard_tokens: int = 100000000  # a shard has no more, and documents that do are left out
-    workers: int = 0  # processes that tokenize; 0: one a core
+    text: Name = "text"  # the column with the text, for --source
+    out: Name = "data/code"  # folder to write to
+    tokens: Int(0, 10**15) = 0  # how many to write, train and val together; 0: every document once
+    tokenizer: str = ""  # whose to use: a folder, a run or a model on the Hub; empty: train one
+    bos_token: str = ""  # name of the token that begins a document, added if new; empty: its own
+    vocab_size: Int(260, 2**20) = 32768  # ids in all, for a tokenizer trained here
+    val_percent: Float(1e-6, 99.9) = 0.5  # percent of the documents held out; a hash decides which
+    max_chars: Int(1, 2**31) = 1000000  # longer documents are left out
+    shard_tokens: Int(1, 10**12) = 100000000  # per shard at most; longer documents are left out
+    workers: Int(0, 1024) = 0  # processes that tokenize; 0: one per core
 
 
 SAMPLE_CHARS = 50_000_000  # how much text a tokenizer is trained on
@@ -75,7 +88,7 @@ def digest_of(text):
 
 
 def is_val(digest, percent):
-    """Whether the document of this hash is held out: the hash, as a number in [0, 1), decides."""
+    """Whether the document of this hash is held out: the hash, a number in [0, 1), decides."""
     return int.from_bytes(digest[:8], "big") / 2**64 < percent / 100
 
 
@@ -83,52 +96,65 @@ def dtype_for(vocab_size):
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
+# --- parts: what workers make of a file -----------------------------------------------------------
+
 @lru_cache(1)
 def load_tokenizer(folder):
-    """(encode, [bos], [eos], dtype). encode uses one thread: there is a process for every core."""
-    tok = Tokenizer(folder)
-    encode = tok.tik.encode_ordinary if getattr(tok, "tik", None) else lambda text: tok.encode_batch([text])[0]
-    return encode, [tok.bos_id] * (tok.bos_id is not None), [tok.eos_id], dtype_for(tok.vocab_size)
+    """(encode, [bos], [eos], dtype) of the tokenizer that `settle_tokenizer` left in a folder."""
+    config = read_json(folder / "tokenizer_config.json")
+    tok = Tokenizer(read_text(folder / "tokenizer.json"), config)
+    bos = [] if tok.bos_id is None else [tok.bos_id]
+    return tok.encode, bos, [tok.eos_id], dtype_for(tok.vocab_size)
 
 
 def make_part(stem, url, source, cfg):
-    """Tokenize the file `url` into the part `stem`. Returns what was left out of it, as {why: documents}."""
+    """Tokenize the file `url` into the part `stem`. Returns {why: documents left out of it}."""
     done = stem.with_suffix(".json")
     if done.is_file():
-        return json.loads(done.read_text())
+        return read_json(done)
     encode, bos, eos, dtype = load_tokenizer(cfg.out)
     left_out = Counter()
-    asides = {ending: stem.with_suffix(f".{os.getpid()}{ending}.tmp") for ending in (".bin", ".docs")}
+    asides = {end: stem.with_suffix(f".{os.getpid()}{end}.tmp") for end in (".bin", ".docs")}
     with open(asides[".bin"], "wb") as tokens, open(asides[".docs"], "wb") as docs:
         for text, why in read_texts(url, source, cfg.max_chars):
             document = [] if why else bos + encode(text) + eos
-            if why or len(document) > cfg.shard_tokens:
-                left_out[why or "too long"] += 1
+            if len(document) > cfg.shard_tokens:
+                why = "too long"
+            if why:
+                left_out[why] += 1
                 continue
             tokens.write(np.array(document, dtype).tobytes())
             docs.write(np.array((digest_of(text), len(document)), DOC).tobytes())
-    for ending, aside in asides.items():
-        os.replace(aside, stem.with_suffix(ending))
-    write_aside(done, lambda f: f.write(json.dumps(left_out).encode()))
+        for file in (tokens, docs):
+            file.flush()
+            os.fsync(file.fileno())
+    for end, aside in asides.items():
+        os.replace(aside, stem.with_suffix(end))
+    write_text(done, json.dumps(left_out))
     return left_out
 
 
 def start_worker():
-    """A new worker leaves Ctrl-C to the main process, and ends where that is killed: nobody else would end it."""
+    """A new worker leaves Ctrl-C to the main process, and ends when that one is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def make_parts(jobs, wanted, pool, ahead):
-    """make_part's result for each job, in order; `ahead` jobs are at work at a time. One no longer wanted is left out.
+    """make_part's result for each job, in order. Jobs no longer wanted are left out.
 
-    jobs: list of make_part's arguments. wanted(source): whether its documents still are. pool: None works in this process.
+    jobs: list of make_part's arguments. wanted(source): whether its documents still are.
+    pool: None works in this process. ahead: how many jobs are under way at a time.
     """
     jobs, running = deque(jobs), deque()
-    while jobs or running:
-        try:
+    try:
+        while jobs or running:
             while jobs and len(running) < ahead:
                 job = jobs.popleft()
                 if wanted(job[2]):
@@ -136,38 +162,44 @@ def make_parts(jobs, wanted, pool, ahead):
             if not running:
                 return
             job, future = running.popleft()
-            if not wanted(job[2]):
-                if future:
-                    future.cancel()
-                continue
-            yield future.result() if pool else make_part(*job)
-        except BrokenProcessPool as error:
-            raise OSError("a worker was killed, perhaps for want of memory; the same command goes on, "
-                          "with fewer --workers if need be") from error
-        except (OSError, ValueError) as error:  # from another process, where the excepthook cannot see whose it is
-            raise ValueError(str(error)) from error
+            if wanted(job[2]):
+                yield future.result() if future else make_part(*job)
+            elif future:
+                future.cancel()
+    except BrokenProcessPool as error:
+        raise Mistake("a worker was killed, perhaps because memory ran out; the same command goes "
+                      "on from here; fewer --workers need less memory") from error
 
+
+# --- shards, and how far they are -----------------------------------------------------------------
 
 class Shards:
-    """The shards of one split, to append to. state: [number of the last one, its tokens, its documents]."""
+    """The shards of one split, to append to.
+
+    state: [number of the last shard, its tokens, its documents]. limit: tokens per shard.
+    """
 
     def __init__(self, out, split, dtype, limit, state):
-        self.out, self.split, self.itemsize, self.limit = out, split, np.dtype(dtype).itemsize, limit
+        self.out, self.split, self.limit = out, split, limit
+        self.itemsize = np.dtype(dtype).itemsize
         self.open(*state)
 
     def open(self, number, tokens=0, documents=0):
-        """Open shard `number`, cut to what was committed of it: nothing, where it was begun after the last commit."""
-        self.state, self.files = [number, tokens, documents], []
-        for ending, size in ((".bin", tokens * self.itemsize), (".idx", 8 + 8 * documents)):
+        """Open a shard, cut to what was committed of it: to nothing if it is newer than that."""
+        self.state = [number, tokens, documents]
+        self.files = []
+        sizes = {".bin": tokens * self.itemsize, ".idx": 8 + 8 * documents}
+        for ending, size in sizes.items():
             path = self.out / f"{self.split}_{number:05d}{ending}"
             if documents and (not path.is_file() or path.stat().st_size < size):
-                raise ValueError(f"{path} was lost or cut short: delete {self.out} and start again")
-            self.files.append(open(path, "r+b" if path.exists() else "w+b"))
-            self.files[-1].truncate(size)  # a new .idx begins with the 0 where its first document starts
-            self.files[-1].seek(size)
+                raise Mistake(f"{path} was lost or cut short: delete {self.out} and start again")
+            file = open(path, "r+b" if path.exists() else "w+b")
+            file.truncate(size)  # a new .idx begins with the 0 where its first document starts
+            file.seek(size)
+            self.files.append(file)
 
     def add(self, document, count):
-        """Append a document: its tokens as bytes, and how many they are."""
+        """Append a document: its tokens as bytes, and their number."""
         if self.state[1] + count > self.limit:
             self.close()
             self.open(self.state[0] + 1)
@@ -187,23 +219,29 @@ class Shards:
             file.close()
 
 
+LEDGER = ("PRAGMA locking_mode=EXCLUSIVE",
+          "PRAGMA journal_mode=WAL",
+          "PRAGMA synchronous=NORMAL",
+          "PRAGMA cache_size=-200000",
+          "BEGIN IMMEDIATE",
+          "CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY, place INTEGER) WITHOUT ROWID",
+          "CREATE TABLE IF NOT EXISTS state (one INTEGER PRIMARY KEY, json TEXT)")
+
+
 def open_ledger(path):
-    """(database, state): which documents there were, and how far the shards are; state is {} at first."""
+    """(database, state): which documents there were, and how far the shards are; {} at first."""
     db = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
-        for line in ("PRAGMA locking_mode=EXCLUSIVE", "PRAGMA journal_mode=WAL", "PRAGMA synchronous=NORMAL",
-                     "PRAGMA cache_size=-200000", "BEGIN IMMEDIATE",
-                     "CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY, place INTEGER) WITHOUT ROWID",
-                     "CREATE TABLE IF NOT EXISTS state (one INTEGER PRIMARY KEY, json TEXT)"):
-            db.execute(line)
+        for statement in LEDGER:
+            db.execute(statement)
     except sqlite3.DatabaseError as error:
-        raise OSError(f"{path}: {error}; is another run at work in this folder?") from error
-    found = db.execute("SELECT json FROM state").fetchone()
-    return db, json.loads(found[0]) if found else {}
+        raise Mistake(f"{path}: {error}; is another run at work in this folder?") from error
+    row = db.execute("SELECT json FROM state").fetchone()
+    return db, json.loads(row[0]) if row else {}
 
 
 def commit(db, shards, state):
-    """Make what was done so far last. The shards' bytes go first: sqlite must not know of more than there is."""
+    """Make what was done so far last. Shards first: sqlite must not know of more than there is."""
     for split, s in shards.items():
         s.flush()
         state[split] = s.state
@@ -212,8 +250,10 @@ def commit(db, shards, state):
     db.execute("BEGIN IMMEDIATE")
 
 
+# --- from parts to shards -------------------------------------------------------------------------
+
 def readings(source, tally, once):
-    """(time, file) as long as the source has not given its quota: all its files in order, then again from the start."""
+    """(time, file) while the source is below its quota: all files in order, then all again."""
     for again in itertools.count():
         for f in range(len(source["files"])):
             if tally["tokens"] >= source["quota"]:
@@ -222,61 +262,107 @@ def readings(source, tally, once):
         if once or tally["tokens"] >= source["quota"]:
             return
         if not tally["train"]:
-            raise ValueError(f"{source['name']} has nothing to train on, and is to give {math.ceil(source['quota']):,} tokens: "
-                             "every document is held out or left out")
+            raise Mistake(f"{source['name']} has nothing to train on, and is to give "
+                          f"{math.ceil(source['quota']):,} tokens: "
+                          "every document is held out or left out")
 
 
 def take_part(stem, place, again, source, val_percent, db, shards, tally):
     """Append the documents of a part to the shards, until its source has given its quota.
 
-    place: a number for the part's first document; the next ones count on from it. again: 0 the first time.
+    place: a number for the part's first document; the next ones count on from it.
+    again: 0 the first time.
     """
     with open(f"{stem}.bin", "rb") as tokens, open(f"{stem}.docs", "rb") as docs:
-        while chunk := np.fromfile(docs, DOC, 1 << 14).tolist():
-            for digest, count in chunk:
+        while True:
+            documents = np.fromfile(docs, DOC, 1 << 14).tolist()
+            if not documents:
+                return
+            for digest, count in documents:
                 if tally["tokens"] >= source["quota"]:
                     return
-                document, place = tokens.read(count * shards["train"].itemsize), place + 1
+                document = tokens.read(count * shards["train"].itemsize)
+                place += 1
                 val = is_val(digest, val_percent)
                 if again:
-                    owner, = db.execute("SELECT place FROM seen WHERE hash = ?", (digest,)).fetchone()
-                    if val or owner != place:
+                    if val or owner_of(digest, db) != place:
                         continue
-                elif not db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, place)).rowcount:
+                elif not claim(digest, place, db):
                     tally["left_out"]["duplicate"] = tally["left_out"].get("duplicate", 0) + 1
                     continue
                 shards["val" if val else "train"].add(document, count)
                 tally["tokens"] += count
                 if not again:
                     tally["once"] += count
-                    tally["train"] += 0 if val else count
+                    if not val:
+                        tally["train"] += count
+
+
+def owner_of(digest, db):
+    """The place where the document of this hash was first."""
+    owner, = db.execute("SELECT place FROM seen WHERE hash = ?", (digest,)).fetchone()
+    return owner
+
+
+def claim(digest, place, db):
+    """Note where a document is. Returns False where it was elsewhere before."""
+    return db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, place)).rowcount == 1
+
+
+def new_state(sources):
+    """The state before the first part: what is done, the shards, and a tally for each source."""
+    tallies = [{"tokens": 0, "once": 0, "train": 0, "left_out": {}} for _ in sources]
+    return {"done": [-1], "train": [0, 0, 0], "val": [0, 0, 0], "tallies": tallies}
+
+
+def jobs_left(cfg, sources, stems, done):
+    """make_part's arguments for every file after `done`, a [source, time, file] that is done."""
+    jobs = []
+    for n, source in enumerate(sources):
+        brief = {key: value for key, value in source.items() if key != "files"}  # jobs are sent
+        for f, (url, _, _) in enumerate(source["files"]):
+            if [n, 0, f] > done:
+                jobs.append((stems[n][f], url, brief, cfg))
+    return jobs
 
 
 def fill_shards(cfg, sources, pool, workers, dtype):
-    """Make the parts and take them in order, until every source has given its quota. Returns a tally for each source."""
-    out, parts = cfg.out, cfg.out / "parts"
+    """Make the parts and take them in order, until every source has given its quota.
+
+    Returns a tally for each source.
+    """
+    parts = cfg.out / "parts"
     db, state = open_ledger(parts / "ledger.sqlite")
-    state = state or {"done": [-1], "train": [0, 0, 0], "val": [0, 0, 0],
-                      "tallies": [{"tokens": 0, "once": 0, "train": 0, "left_out": {}} for _ in sources]}
-    shards = {split: Shards(out, split, dtype, cfg.shard_tokens, state[split]) for split in ("train", "val")}
-    tallies, numbers = state["tallies"], itertools.count()
-    stems = [[parts / f"{next(numbers):07d}" for _ in s["files"]] for s in sources]
-    tally_of = {s["name"]: tally for s, tally in zip(sources, tallies)}
-    briefs = [{key: value for key, value in s.items() if key != "files"} for s in sources]  # a job is sent to a process
-    made = make_parts([(stem, url, briefs[n], cfg) for n, s in enumerate(sources)
-                       for f, (stem, (url, _, _)) in enumerate(zip(stems[n], s["files"])) if [n, 0, f] > state["done"]],
-                      lambda s: tally_of[s["name"]]["tokens"] < s["quota"], pool, 2 * workers)
-    with tqdm(total=cfg.tokens or None, initial=sum(t["tokens"] for t in tallies), unit=" tokens", unit_scale=True) as bar:
+    if not state:
+        state = new_state(sources)
+    shards = {split: Shards(cfg.out, split, dtype, cfg.shard_tokens, state[split])
+              for split in ("train", "val")}
+    tallies = state["tallies"]
+    tally_of = {source["name"]: tally for source, tally in zip(sources, tallies)}
+    numbers = itertools.count()
+    stems = [[parts / f"{next(numbers):07d}" for _ in source["files"]] for source in sources]
+
+    def is_wanted(source):
+        return tally_of[source["name"]]["tokens"] < source["quota"]
+
+    def written():
+        return sum(tally["tokens"] for tally in tallies)
+
+    jobs = jobs_left(cfg, sources, stems, state["done"])
+    made = make_parts(jobs, is_wanted, pool, 2 * workers)
+    with tqdm(total=cfg.tokens or None, initial=written(), unit=" tokens", unit_scale=True) as bar:
         for n, (source, tally) in enumerate(zip(sources, tallies)):
             for again, f in readings(source, tally, once=not cfg.tokens):
                 if [n, again, f] <= state["done"]:
                     continue
                 if not again:
-                    tally["left_out"] = dict(sorted((Counter(tally["left_out"]) + Counter(next(made))).items()))
-                take_part(stems[n][f], int(stems[n][f].name) << 40, again, source, cfg.val_percent, db, shards, tally)
+                    left_out = Counter(tally["left_out"]) + Counter(next(made))
+                    tally["left_out"] = dict(sorted(left_out.items()))
+                place = int(stems[n][f].name) << 40  # no part has 2^40 documents
+                take_part(stems[n][f], place, again, source, cfg.val_percent, db, shards, tally)
                 state["done"] = [n, again, f]
                 commit(db, shards, state)
-                bar.update(sum(t["tokens"] for t in tallies) - bar.n)
+                bar.update(written() - bar.n)
             for stem, ending in itertools.product(stems[n], (".json", ".bin", ".docs")):
                 stem.with_suffix(ending).unlink(missing_ok=True)
     for s in shards.values():
@@ -285,38 +371,59 @@ def fill_shards(cfg, sources, pool, workers, dtype):
     return tallies
 
 
-def unfinished(out, plan, mark):
-    """Whether there is work to do in `out`, where the plan is then kept. Raises ValueError where another plan was at work.
+# --- a run ----------------------------------------------------------------------------------------
+
+def is_finished(out, plan, mark):
+    """Whether `out` holds what this plan makes. If not, the plan is kept there.
 
     plan: all that the output depends on, as a dict. mark: its fingerprint.
+    Raises Mistake where another plan was at work.
     """
     meta, begun = out / "meta.json", out / "parts" / "plan.json"
     if meta.is_file():
-        made = json.loads(meta.read_text())
-        if made.get("fingerprint") != mark:
-            raise ValueError(f"{out} holds data that was prepared otherwise: give another --out, or delete {out} first")
-        for split in ("train", "val"):
-            size = sum(path.stat().st_size for path in out.glob(f"{split}_*.bin"))
-            if size != made[split]["tokens"] * np.dtype(dtype_for(made["vocab_size"])).itemsize:
-                raise ValueError(f"{out} has lost some of its {split} shards: delete {out} and run this again")
-    elif begun.is_file():
-        other = json.loads(begun.read_text())
-        if changed := [key for key in plan if plan[key] != other.get(key)]:
-            raise ValueError(f"{out} was begun with other {', '.join(changed)}: give what it was begun with, or another --out, "
-                             f"or delete {out} first")
+        check_finished(out, read_json(meta), mark)
+        return True
+    if begun.is_file():
+        other = read_json(begun)
+        changed = [key for key in plan if plan[key] != other.get(key)]
+        if changed:
+            raise Mistake(f"{out} was begun with other {', '.join(changed)}: give what it was "
+                          f"begun with, or another --out, or delete {out} first")
     elif any(out.glob("*.bin")):
-        raise ValueError(f"{out} holds data of another script: give another --out, or delete {out} first")
+        raise Mistake(f"{out} holds data of another script: give another --out, "
+                      f"or delete {out} first")
     else:
         begun.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(begun, lambda f: f.write(json.dumps(plan).encode()))
-    return not meta.is_file()
+        write_text(begun, json.dumps(plan))
+    return False
+
+
+def check_finished(out, meta, mark):
+    """Check that the shards in `out` are those of this plan, and as many as meta.json says."""
+    if meta.get("fingerprint") != mark:
+        raise Mistake(f"{out} holds data that was prepared otherwise: give another --out, "
+                      f"or delete {out} first")
+    for split in ("train", "val"):
+        try:
+            expected = meta[split]["tokens"] * np.dtype(dtype_for(meta["vocab_size"])).itemsize
+        except (KeyError, TypeError) as error:
+            raise Mistake(f"{out / 'meta.json'} is damaged: delete {out} "
+                          "and run this again") from error
+        if sum(path.stat().st_size for path in out.glob(f"{split}_*.bin")) != expected:
+            raise Mistake(f"{out} has lost some of its {split} shards: delete {out} "
+                          "and run this again")
 
 
 def sample(cfg, sources):
-    """Texts to train a tokenizer on: the first ones of every source, as much as its weight says; none that is held out."""
+    """Texts to train a tokenizer on: the first ones of every source that are not held out.
+
+    A source gives as much as its weight says.
+    """
+    total = sum(source["weight"] for source in sources)
     for source in sources:
-        room = SAMPLE_CHARS * source["weight"] / sum(s["weight"] for s in sources)
-        for text, why in itertools.chain.from_iterable(read_texts(url, source, cfg.max_chars) for url, _, _ in source["files"]):
+        room = SAMPLE_CHARS * source["weight"] / total
+        files = (read_texts(url, source, cfg.max_chars) for url, _, _ in source["files"])
+        for text, why in itertools.chain.from_iterable(files):
             if room <= 0:
                 break
             if not why and not is_val(digest_of(text), cfg.val_percent):
@@ -326,87 +433,133 @@ def sample(cfg, sources):
 
 def settle_tokenizer(cfg, sources):
     """The tokenizer of the folder: the one given, or else one trained here, once."""
-    trained = cfg.out / "parts" / "tokenizer.json"
-    if not cfg.tokenizer and not trained.is_file():
+    parts = cfg.out / "parts"
+    if not cfg.tokenizer and not (parts / "tokenizer.json").is_file():
         print(f"{cfg.out}: training a tokenizer of {cfg.vocab_size} ids on the first documents")
-        text = train_tokenizer(sample(cfg, sources), cfg.vocab_size).to_str(pretty=True)
-        write_aside(trained, lambda f: f.write(text.encode()))
-    tok = Tokenizer(cfg.tokenizer or trained, cfg.bos_token)
+        tok = train_tokenizer(map(shorten_blanks, sample(cfg, sources)), cfg.vocab_size)
+        write_text(parts / "tokenizer.json", tok.to_str(pretty=True))
+    tok = open_tokenizer(cfg.tokenizer or parts, cfg.bos_token)
     if tok.eos_id is None:
-        raise ValueError(f"{cfg.tokenizer} has no <eos>, which ends a document")
+        raise Mistake(f"{cfg.tokenizer} has no <eos>, which ends a document")
     tok.save(cfg.out)
     return tok
+
+
+def count_documents(out, split):
+    """(documents, tokens, shards) of a split."""
+    documents = tokens = shards = 0
+    for path in out.glob(f"{split}_*.idx"):
+        offsets = np.fromfile(path, np.int64)
+        documents += len(offsets) - 1
+        tokens += int(offsets[-1])
+        shards += 1
+    return documents, tokens, shards
 
 
 def finish(cfg, tok, sources, tallies, mark):
     """Write meta.json, say what was made, and delete the parts."""
     meta = {"vocab_size": tok.vocab_size, "fingerprint": mark, "sources": []}
     for split in ("train", "val"):
-        offsets = [np.fromfile(path, np.int64) for path in sorted(cfg.out.glob(f"{split}_*.idx"))]
-        meta[split] = {"documents": sum(len(o) - 1 for o in offsets), "tokens": sum(int(o[-1]) for o in offsets)}
-        if not meta[split]["documents"]:
-            raise ValueError(f"no document fell to {split}: delete {cfg.out}, and give more text or another --val_percent")
-        print(f"{cfg.out}: {split} {meta[split]['documents']:,} documents, {meta[split]['tokens']:,} tokens, "
-              f"{len(offsets)} shard{'s' * (len(offsets) > 1)}")
-    for s, t in zip(sources, tallies):
-        times = round(1 + (t["tokens"] - t["once"]) / max(t["train"], 1), 2)
-        meta["sources"].append({k: s[k] for k in ("name", "source", "weight", "licence", "note") if k in s}
-                               | {"tokens": t["tokens"], "times_read": times, "left_out": t["left_out"]})
-        print(f"{s['name']}: {t['tokens']:,} tokens" + f", of {t['once']:,} read {times} times" * (times > 1)
-              + "".join(f"; {count:,} left out: {why}" for why, count in t["left_out"].items()))
+        documents, tokens, shards = count_documents(cfg.out, split)
+        meta[split] = {"documents": documents, "tokens": tokens}
+        if not documents:
+            raise Mistake(f"no document fell to {split}: delete {cfg.out}, and give more text "
+                          "or another --val_percent")
+        plural = "s" if shards > 1 else ""
+        print(f"{cfg.out}: {split} {documents:,} documents, {tokens:,} tokens, "
+              f"{shards} shard{plural}")
+    for source, tally in zip(sources, tallies):
+        times = round(1 + (tally["tokens"] - tally["once"]) / max(tally["train"], 1), 2)
+        about = {key: source[key] for key in ("name", "source", "weight", "licence", "note")
+                 if key in source}
+        meta["sources"].append({**about, "tokens": tally["tokens"], "times_read": times,
+                                "left_out": tally["left_out"]})
+        line = f"{source['name']}: {tally['tokens']:,} tokens"
+        if times > 1:
+            line += f", of {tally['once']:,} read {times} times"
+        for why, count in tally["left_out"].items():
+            line += f"; {count:,} left out: {why}"
+        print(line)
     meta |= {key: value for key, value in asdict(cfg).items() if key not in ("out", "workers")}
     meta["vocab_size"] = tok.vocab_size  # which can be less than was asked for
-    write_aside(cfg.out / "meta.json", lambda f: f.write(json.dumps(meta, indent=1).encode()))
+    write_text(cfg.out / "meta.json", json.dumps(meta, indent=1))
     shutil.rmtree(cfg.out / "parts")
 
 
-def prepare(cfg):
-    """Do what the head of this file says."""
-    if bool(cfg.source) == bool(cfg.mixture):
-        raise ValueError("give either --source=GLOB or --mixture=FILE.json")
-    if not 0 < cfg.val_percent < 100:
-        raise ValueError(f"val_percent={cfg.val_percent} must be between 0 and 100")
-    if min(cfg.tokens, cfg.workers) < 0 or min(cfg.max_chars, cfg.shard_tokens) < 1:
-        raise ValueError("tokens and workers must be 0 or more, max_chars and shard_tokens 1 or more")
-    cfg.out = Path(cfg.out)
-    sources = (read_mixture(cfg.mixture, cfg.tokens > 0) if cfg.mixture else
-               [{"name": cfg.source, "source": [cfg.source], "weight": 1, "text": cfg.text}])
-    for s in sources:
-        s["files"] = sorted({file[0]: file for pattern in s["source"] for file in list_files(pattern)}.values())
+def find_sources(cfg):
+    """The sources asked for, each with its "files": a list of [url, size, stamp], sorted."""
+    if cfg.mixture:
+        sources = read_mixture(cfg.mixture, cfg.tokens > 0)
+    else:
+        sources = [{"name": cfg.source, "source": [cfg.source], "weight": 1, "text": cfg.text}]
+    for source in sources:
+        files = {}
+        for pattern in source["source"]:
+            for file in list_files(pattern):
+                files[file[0]] = file
+        source["files"] = sorted(files.values())
+    return sources
+
+
+def plan_of(cfg, sources):
+    """All that the output depends on, as a dict."""
+    tokenizer = SPLIT
     if cfg.tokenizer:
-        from checkpoint import (  # here, for it brings what a worker need not wait for
-            TOKENIZER_FILES,
-            fetch,
-        )
-        cfg.tokenizer = str(fetch(cfg.tokenizer, TOKENIZER_FILES))
-    given = Tokenizer(cfg.tokenizer, cfg.bos_token) if cfg.tokenizer else None
-    given = f"{given.json}{given.bos_id}{given.eos_id}" if given else SPLIT
-    plan = {key: getattr(cfg, key) for key in ("tokens", "vocab_size", "val_percent", "max_chars", "shard_tokens")}
-    plan |= {"tokenizer": hashlib.sha256(given.encode()).hexdigest(),
-             "sources": [{key: s[key] for key in s if key not in ("licence", "note")} for s in sources]}
-    mark, files = hashlib.sha256(json.dumps(plan).encode()).hexdigest(), sum(len(s["files"]) for s in sources)
-    if not unfinished(cfg.out, plan, mark):
+        tok = open_tokenizer(cfg.tokenizer, cfg.bos_token)
+        tokenizer = f"{tok.json}{tok.bos_id}{tok.eos_id}"
+    settings = ("tokens", "vocab_size", "val_percent", "max_chars", "shard_tokens")
+    plan = {key: getattr(cfg, key) for key in settings}
+    plan["tokenizer"] = hashlib.sha256(tokenizer.encode()).hexdigest()
+    plan["sources"] = [{key: source[key] for key in source if key not in ("licence", "note")}
+                       for source in sources]
+    return plan
+
+
+def prepare(cfg):
+    """Make the shards. Raises Mistake for settings and files that do not fit."""
+    check_fields(cfg)
+    if bool(cfg.source) == bool(cfg.mixture):
+        raise Mistake("give either --source=GLOB or --mixture=FILE.json")
+    cfg.out = Path(cfg.out)
+    sources = find_sources(cfg)
+    if cfg.tokenizer:
+        cfg.tokenizer = str(find_tokenizer(cfg.tokenizer))
+    plan = plan_of(cfg, sources)
+    mark = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+    files = sum(len(source["files"]) for source in sources)
+    if is_finished(cfg.out, plan, mark):
         shutil.rmtree(cfg.out / "parts", ignore_errors=True)
-        return print(f"{cfg.out}: nothing to do, {files} files unchanged")
-    for s in sources:
-        s["quota"] = cfg.tokens * s["weight"] / sum(s["weight"] for s in sources) if cfg.tokens else math.inf
-    tok, workers = settle_tokenizer(cfg, sources), min(cfg.workers or os.cpu_count(), files)
+        print(f"{cfg.out}: nothing to do, {files} files unchanged")
+        return
+    total = sum(source["weight"] for source in sources)
+    for source in sources:
+        source["quota"] = cfg.tokens * source["weight"] / total if cfg.tokens else math.inf
+    tok = settle_tokenizer(cfg, sources)
     for path in (cfg.out / "parts").glob("*.tmp"):
         path.unlink()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) if workers > 1 else None
+    tallies = run_workers(cfg, sources, min(cfg.workers or os.cpu_count(), files), tok)
+    finish(cfg, tok, sources, tallies, mark)
+
+
+def run_workers(cfg, sources, workers, tok):
+    """fill_shards with so many processes, none of which is left behind."""
+    pool = None
+    if workers > 1:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, context, start_worker)
     try:
-        tallies = fill_shards(cfg, sources, pool, workers, dtype_for(tok.vocab_size))
+        return fill_shards(cfg, sources, pool, workers, dtype_for(tok.vocab_size))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
     finally:
         for process in multiprocessing.active_children():
-            process.terminate()  # what it is at is not wanted any more, or will be made again
+            process.terminate()  # its work is no longer wanted, or will be done again
             process.join()
-    finish(cfg, tok, sources, tallies, mark)
 
 
-def main():
-    cfg, _ = configure(Config)
+def main(argv=None):
+    cfg, _ = configure(Config, argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `begin` had it end at once
     prepare(cfg)
 
 

@@ -1,64 +1,116 @@
-"""What data/stack/prepare.py reads: mixtures, the files they name, and the documents in those files.
+"""What data/stack/prepare.py reads: mixtures, the files they name, the documents in those files.
 
-A file is streamed: what is in memory of it is a line, a megabyte to find the next ones in, or 128 rows of a parquet file.
-Errors name the file, and the line or row.
+A file is streamed. Of a .jsonl file, compressed or not, a line and about a megabyte are in memory;
+of a .parquet file, 128 rows. Errors name the file, and the line or row.
 
 Not covered: formats other than .jsonl, .jsonl.gz, .jsonl.zst and .parquet; text in nested columns.
 """
+import gzip
 import json
-import math
+import os
 import re
 from importlib import import_module
-from pathlib import Path
+
+from configurator import Mistake, shortened
+from files import read_text
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-REQUIRED, OPTIONAL = {"name", "source", "weight", "text"}, {"language_column", "languages", "licence", "note"}
-MAX_BLANK = 100_000  # white space in a row; at a million, tiktoken's regex engine gives up and panics
+REQUIRED = {"name", "source", "weight", "text"}
+OPTIONAL = {"language_column", "languages", "licence", "note"}
+TEXTS = ("name", "text", "language_column", "licence", "note")  # keys whose values are texts
+MAX_BLANK = 100_000  # white space in a row; at a million, tiktoken's regex engine panics
 
+
+# --- mixtures -------------------------------------------------------------------------------------
 
 def read_mixture(path, weighed):
-    """The sources of a mixture's JSON file as a list of dicts, checked. weighed: whether the weights will be used."""
+    """The sources of a mixture's JSON file as a list of dicts, checked.
+
+    weighed: whether the weights will be used. Raises Mistake for what does not fit.
+    """
     try:
-        sources = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(sources, list) or not sources or not all(isinstance(s, dict) for s in sources):
-        raise ValueError(f"{path} must be a list of sources, each in braces")
-    for s in sources:
-        where = f"{path}: source {s.get('name', '?')!r}"
-        if unknown := s.keys() - REQUIRED - OPTIONAL:
-            raise ValueError(f"{where} has an unknown key {min(unknown)!r}; there are {', '.join(sorted(REQUIRED | OPTIONAL))}")
-        if missing := REQUIRED - s.keys():
-            raise ValueError(f"{where} has no {min(missing)!r}")
-        if type(s["weight"]) not in (int, float) or not 0 < s["weight"] < math.inf:
-            raise ValueError(f"{where} has weight {s['weight']!r}; it must be a number above 0")
-        if ("language_column" in s) != ("languages" in s) or not isinstance(s.get("languages", []), list):
-            raise ValueError(f"{where} must have both 'language_column' and 'languages', a list, or neither")
-        s["source"] = [s["source"]] if isinstance(s["source"], str) else s["source"]
-    if len({s["name"] for s in sources}) < len(sources):
-        raise ValueError(f"{path} has two sources of one name")
-    if not weighed and len({s["weight"] for s in sources}) > 1:
-        raise ValueError(f"{path} has unequal weights, which are shares of --tokens=N; without it every document is taken")
+        sources = json.loads(read_text(path))
+    except Mistake:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise Mistake(f"{path} is not JSON: {error}") from error
+    is_list = isinstance(sources, list) and sources
+    if not is_list or not all(isinstance(source, dict) for source in sources):
+        raise Mistake(f"{path} must be a list of sources, each in braces")
+    for source in sources:
+        check_source(source, f"{path}: source {shortened(source.get('name', '?'))}")
+        if isinstance(source["source"], str):
+            source["source"] = [source["source"]]
+    if len({source["name"] for source in sources}) < len(sources):
+        raise Mistake(f"{path} has two sources of one name")
+    if not weighed and len({source["weight"] for source in sources}) > 1:
+        raise Mistake(f"{path} has unequal weights, which are shares of --tokens=N; "
+                      "without it every document is taken")
     return sources
 
+
+def check_source(source, where):
+    """Check one source of a mixture. where: how an error names it."""
+    unknown = source.keys() - REQUIRED - OPTIONAL
+    if unknown:
+        known = ", ".join(sorted(REQUIRED | OPTIONAL))
+        raise Mistake(f"{where} has an unknown key {shortened(min(unknown))}; there are {known}")
+    missing = REQUIRED - source.keys()
+    if missing:
+        raise Mistake(f"{where} has no {min(missing)!r}")
+    for key in TEXTS:
+        if key in source and not isinstance(source[key], str):
+            raise Mistake(f"{where} has {key} {shortened(source[key])}; it must be a text")
+    if not is_texts(source["source"]) and not isinstance(source["source"], str):
+        raise Mistake(f"{where} has source {shortened(source['source'])}; it must be a file, "
+                      "a glob, a folder or a URL, or a list of them")
+    weight = source["weight"]
+    if type(weight) not in (int, float) or not 0 < weight <= 1e18:
+        raise Mistake(f"{where} has weight {shortened(weight)}; it must be a number above 0 "
+                      "and up to 1e18")
+    has_both = "language_column" in source and is_texts(source.get("languages"))
+    if ("language_column" in source or "languages" in source) and not has_both:
+        raise Mistake(f"{where} must have both 'language_column' and 'languages', "
+                      "a list of texts, or neither")
+
+
+def is_texts(value):
+    """Whether this is a list of texts, and not empty."""
+    return isinstance(value, list) and value != [] and all(isinstance(v, str) for v in value)
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 def list_files(pattern):
     """[url, size, stamp] of the files that a file name, glob, folder or URL stands for."""
     fsspec = package("fsspec", pattern)
     try:
         fs, path = fsspec.core.url_to_fs(pattern)
-        if any(c in path for c in "*?["):
-            found = fs.glob(path, detail=True)
-        else:
-            found = fs.find(path, detail=True) if fs.isdir(path) else {path: fs.info(path)} if fs.exists(path) else {}
-    except Exception as error:  # each file system has its own: no network, a gated dataset, no such protocol
-        raise OSError(f"{pattern} cannot be listed ({brief(error)}); {download_hint(pattern)}") from error
-    local = "file" in fs.protocol
-    files = [[p if local else fs.unstrip_protocol(p), i.get("size"), str(i.get("mtime") or i.get("blob_id") or i.get("ETag"))]
-             for p, i in found.items() if p.endswith(ENDINGS) and i["type"] == "file"]
+        infos = infos_of(fs, path)
+    except Exception as error:  # no network, a gated dataset, …: each file system raises its own
+        raise Mistake(f"{pattern} cannot be listed ({brief(error)}); "
+                      f"{download_hint(pattern)}") from error
+    is_local = "file" in fs.protocol
+    files = []
+    for name, info in infos.items():
+        if name.endswith(ENDINGS) and info["type"] == "file":
+            url = name if is_local else fs.unstrip_protocol(name)
+            stamp = info.get("mtime") or info.get("blob_id") or info.get("ETag")
+            files.append([url, info.get("size"), str(stamp)])
     if not files:
-        raise OSError(f"no file at {pattern} that ends in {', '.join(ENDINGS)}")
+        raise Mistake(f"no file at {pattern} that ends in {', '.join(ENDINGS)}")
     return files
+
+
+def infos_of(fs, path):
+    """{name: what the file system says of it} of the files that a path or glob stands for."""
+    if any(c in path for c in "*?["):
+        return fs.glob(path, detail=True)
+    if fs.isdir(path):
+        return fs.find(path, detail=True)
+    if fs.exists(path):
+        return {path: fs.info(path)}
+    return {}
 
 
 def download_hint(url):
@@ -66,8 +118,9 @@ def download_hint(url):
     hub = re.match(r"hf://datasets/([^/]+/[^/@]+)(@[^/]+)?/(.+)", url)
     if not hub:
         return "download its files by other means and name their folder as the source"
-    return (f"a gated dataset wants its terms accepted and `hf auth login`; without a network here, run `hf download {hub[1]} "
-            f"--repo-type dataset --include '{hub[3]}' --local-dir FOLDER` elsewhere and name FOLDER/{hub[3]} as the source")
+    return ("a gated dataset wants its terms accepted and `hf auth login`; without a network "
+            f"here, run `hf download {hub[1]} --repo-type dataset --include '{hub[3]}' "
+            f"--local-dir FOLDER` elsewhere and name FOLDER/{hub[3]} as the source")
 
 
 def package(module, url):
@@ -75,50 +128,108 @@ def package(module, url):
     try:
         return import_module(module)
     except ImportError as error:
-        raise ValueError(f"{url} needs a package that is not installed: pip install {module.partition('.')[0]}") from error
+        raise Mistake(f"{url} needs a package that is not installed: "
+                      f"pip install {module.partition('.')[0]}") from error
 
 
 def brief(error):
-    """An error's type and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    """An error's type and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
+
+# --- rows and lines -------------------------------------------------------------------------------
 
 def read_records(url, columns):
-    """(number, a line's bytes or a row's dict) of each row of a file. Raises OSError for whatever keeps it from being read."""
+    """(number, a line's bytes or a row's dict) of each row of a file, numbered from 1.
+
+    Raises Mistake for whatever keeps it from being read, a file that was cut short among them.
+    """
     fsspec, kind = package("fsspec", url), url.rpartition(".")[2]
-    module = package({"parquet": "pyarrow.parquet", "zst": "zstandard"}.get(kind, "gzip"), url)
+    needed = {"parquet": "pyarrow.parquet", "zst": "zstandard"}.get(kind)
+    module = package(needed, url) if needed else None
     try:
         with fsspec.open(url, "rb") as file:
             if kind == "parquet":
-                yield from enumerate(rows(module.ParquetFile(file), columns), 1)
+                yield from enumerate(parquet_rows(file, module, columns), 1)
+            elif kind == "zst":
+                yield from enumerate(lines(zstandard_chunks(file, module)), 1)
+            elif kind == "gz":
+                yield from enumerate(lines(gzip_chunks(file)), 1)
             else:
-                stream = (module.open(file) if kind == "gz" else file if kind == "jsonl" else
-                          module.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-                yield from enumerate(lines(stream), 1)
-    except Exception as error:  # gzip, zlib, zstandard, Arrow and every network client raise what they like
-        raise OSError(f"{url} cannot be read ({brief(error)})") from error
+                yield from enumerate(lines(chunks(file)), 1)
+    except EOFError as error:
+        raise Mistake(f"{url} is truncated ({brief(error)}): copy or download it again") from error
+    except Exception as error:  # gzip, zlib, zstandard, Arrow, every network client: anything
+        raise Mistake(f"{url} cannot be read ({brief(error)})") from error
 
 
-def rows(table, columns):
-    """The rows of a parquet file as dicts of those of `columns` that it has; of all its columns where it lacks one."""
+def parquet_rows(file, pyarrow_parquet, columns):
+    """The rows of a parquet file as dicts of `columns`; of all its columns where it lacks one.
+
+    Raises EOFError for a file that was cut short.
+    """
+    if file.read(4) == b"PAR1":  # the format begins and ends with it
+        file.seek(-4, os.SEEK_END)
+        if file.read(4) != b"PAR1":
+            raise EOFError("its end is missing")
+    file.seek(0)
+    table = pyarrow_parquet.ParquetFile(file)
     names = table.schema_arrow.names
     wanted = columns if set(columns) <= set(names) else names
     for batch in table.iter_batches(128, columns=wanted, use_threads=False):
         yield from batch.to_pylist()
 
 
-def lines(stream, size=1 << 20):
-    """The lines of a stream, of which not every kind has a readline(), or a quick one."""
-    rest = []
-    while chunk := stream.read(size):
-        first, *more = chunk.split(b"\n")
-        rest.append(first)
-        if more:
-            yield b"".join(rest)
-            yield from more[:-1]
-            rest = more[-1:]
-    yield b"".join(rest)
+def chunks(stream, size=1 << 20):
+    """What a stream holds, as bytes of at most `size`."""
+    while True:
+        chunk = stream.read(size)
+        if not chunk:
+            return
+        yield chunk
 
+
+def gzip_chunks(file):
+    """The content of a gzip file. Raises EOFError where it was cut short."""
+    yield from chunks(gzip.open(file))
+    if file.tell() == 0:
+        raise EOFError("it is empty")
+
+
+def zstandard_chunks(file, zstandard):
+    """The content of a zstandard file of any number of frames. Raises EOFError where it was cut.
+
+    zstandard's own readers take the end of the file for the end of the content.
+    """
+    decompressor = zstandard.ZstdDecompressor()
+    frame, is_complete = None, False
+    for compressed in chunks(file, 1024):  # few bytes: they can stand for a thousand times as many
+        while compressed:
+            if frame is None:
+                frame = decompressor.decompressobj()
+            yield frame.decompress(compressed)
+            is_complete, compressed = frame.eof, b""
+            if is_complete:
+                compressed, frame = frame.unused_data, None
+    if not is_complete:
+        raise EOFError("its last frame has no end")
+
+
+def lines(parts):
+    """The lines, without their ends, of a text that comes as chunks of bytes."""
+    line = []  # parts of a line whose end has not come yet
+    for part in parts:
+        head, *more = part.split(b"\n")
+        line.append(head)
+        if more:
+            yield b"".join(line)
+            yield from more[:-1]
+            line = more[-1:]
+    yield b"".join(line)
+
+
+# --- documents ------------------------------------------------------------------------------------
 
 def read_texts(url, source, max_chars):
     """(text, "") of each document of a file, or ("", why it is left out)."""
@@ -127,18 +238,28 @@ def read_texts(url, source, max_chars):
         if isinstance(row, bytes):
             if not row.strip():
                 continue
-            try:
-                row = json.loads(row)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{url}, line {number}, is not JSON: {error}") from error
-        if not isinstance(row, dict) or not all(c in row for c in columns):
+            row = parse_line(row, url, number)
+        if not isinstance(row, dict) or not all(column in row for column in columns):
+            wanted = " and ".join(map(repr, columns))
             has = ", ".join(row) if isinstance(row, dict) else "no columns at all"
-            raise ValueError(f"{url}, row {number}: {' and '.join(map(repr, columns))} wanted, but it has {has}")
+            raise Mistake(f"{url}, row {number}: {wanted} wanted, but it has {has}")
         text = row[columns[0]]
         if text is not None and not isinstance(text, str):
-            raise ValueError(f"{url}, row {number}: column {columns[0]!r} holds {type(text).__name__}, not text")
-        why = "other language" if len(columns) > 1 and row[columns[1]] not in source["languages"] else fault(text, max_chars)
+            raise Mistake(f"{url}, row {number}: column {columns[0]!r} holds "
+                          f"{type(text).__name__}, not text")
+        if len(columns) > 1 and row[columns[1]] not in source["languages"]:
+            yield "", "other language"
+            continue
+        why = fault(text, max_chars)
         yield ("", why) if why else (text, "")
+
+
+def parse_line(line, url, number):
+    """The JSON value in a line of a .jsonl file."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Mistake(f"{url}, line {number}, is not JSON: {error}") from error
 
 
 def fault(text, max_chars):

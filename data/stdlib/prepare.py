@@ -20,6 +20,7 @@ import json
 import os
 import re
 import sysconfig
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import numpy as np
 
 from configurator import Float, Int, Mistake, Name, configure
 from files import read_json, sync, write_text
-from tokenizer import SPLIT, Tokenizer, train_tokenizer
+from tokenizer import SPLIT, train_tokenizer
 
 
 @dataclass
@@ -89,7 +90,8 @@ def find_tokenizer(name):
 
     name: a folder, its tokenizer.json, a run such as out/toy, or a model on the Hub.
     """
-    from huggingface import TOKENIZER_FILES, fetch, find  # only here: it needs torch
+    from huggingface import TOKENIZER_FILES, fetch, find
+
     folder = fetch(name, TOKENIZER_FILES)
     if folder.name == "tokenizer.json":
         folder = folder.parent
@@ -102,7 +104,9 @@ def find_tokenizer(name):
 
 
 def open_tokenizer(folder, bos_token=""):
-    from huggingface import load_tokenizer
+    """A folder's Tokenizer. bos_token: a name to use instead of the folder's."""
+    from huggingface import load_tokenizer  # needs torch, which data.stack's workers do without
+
     return load_tokenizer(folder, bos_token)
 
 
@@ -113,7 +117,10 @@ def shorten_blanks(text):
 
 def train_alone(texts, vocab_size):
     """A tokenizer trained on these texts, free of any names in files left by another tokenizer."""
-    return Tokenizer(train_tokenizer(map(shorten_blanks, texts), vocab_size).to_str(pretty=True))
+    with tempfile.TemporaryDirectory() as folder:
+        tok = train_tokenizer(map(shorten_blanks, texts), vocab_size)
+        tok.save(f"{folder}/tokenizer.json")
+        return open_tokenizer(folder)
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -378,12 +378,13 @@ class Adafactor(torch.optim.Optimizer):
                  eps=(2**-23, 1e-3), clip=1.0):
         defaults = {"lr": lr, "weight_decay": weight_decay, "relative": relative,
                     "beta2_decay": beta2_decay, "eps": eps, "clip": clip}
+        self.settings = tuple(defaults)  # PyTorch adds to its `defaults` when a state is loaded
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):  # torch.distributed.checkpoint names it, nobody here passes one
         for group in self.param_groups:
-            settings = {name: group[name] for name in self.defaults}
+            settings = {name: group[name] for name in self.settings}
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p, p.grad, self.state[p], **settings)

@@ -56,7 +56,7 @@ class Run:
         try:
             self.find_checkpoint()
         except BaseException:
-            self.close()
+            self.close(after_error=True)
             raise
         return self
 
@@ -155,6 +155,9 @@ class Run:
     def make_folder(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.take_lock()
+        for path in self.folder.iterdir():  # what a process left that was killed while writing it
+            if re.fullmatch(r"\.(latest|metrics\.jsonl)\.[0-9]+\.tmp", path.name):
+                path.unlink()
         cut_metrics(self.folder / "metrics.jsonl", self.start)
 
     def log(self, values):
@@ -164,9 +167,13 @@ class Run:
         try:
             self.metrics.write(json.dumps(finite) + "\n")
         except OSError as error:
-            raise OSError(f"could not write {self.metrics.name}: {error.strerror}; "
-                          f"{checkpoint.last_good(self.folder)}") from error
+            raise self.unwritten(error) from error
         self.track(finite)
+
+    def unwritten(self, error):
+        """The OSError for metrics that could not be written."""
+        return OSError(f"could not write {self.metrics.name}: {error.strerror}; "
+                       f"{checkpoint.last_good(self.folder)}")
 
     def evaluate(self, step, model, score):
         """Score the held-out windows, show and log it. score: a call of diffusion.evaluate."""
@@ -190,20 +197,27 @@ class Run:
             raise Mistake(f"after step {step - 1} the weights' norm is {norm}: they were not "
                           "saved; a lower --lr or --weight_decay usually helps")
         if self.world.rank == 0:
-            os.fsync(self.metrics.fileno())
+            try:
+                os.fsync(self.metrics.fileno())
+            except OSError as error:
+                raise self.unwritten(error) from error
         settings = {"machine": machine, "config": asdict(cfg), "data": data}
         checkpoint.save(self.folder, step, model, optimizer, tok, recipe, settings, cfg.keep)
 
-    def close(self):
+    def close(self, after_error):
         """Leave signals as they were, and the folder to others."""
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         for file in (self.metrics, self.lock):
-            if file is not None:
-                file.close()
+            try:
+                if file is not None:
+                    file.close()
+            except OSError:  # what could not be written cannot be now; that has been said
+                if not after_error:
+                    raise
 
     def __exit__(self, kind, error, trace):
-        self.close()
+        self.close(after_error=error is not None)
         if self.metrics is not None and isinstance(error, Mistake):
             raise Mistake(f"{error}; {checkpoint.last_good(self.folder)}") from error
 
@@ -224,6 +238,14 @@ def read_saved(folder):
     for name, kind in kinds.items():
         if not isinstance(saved.get(name), kind):
             raise Mistake(f"{folder} cannot be resumed: {path} has no {name}")
+    machine = saved["machine"]
+    sound = {"step": type(saved["step"]) is int and saved["step"] >= 0,
+             "dtype": machine.get("dtype", "float32") in ("float32", "bfloat16"),
+             "threads": type(machine.get("threads", 1)) is int and machine.get("threads", 1) > 0}
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise Mistake(f"{folder} cannot be resumed: {path} is damaged, its {name} is not one "
+                          "that train.py writes")
     return saved
 
 
@@ -237,7 +259,7 @@ def cut_metrics(path, step):
     kept = []
     for line in path.read_bytes().splitlines():
         try:
-            values = json.loads(line)
+            values = json.loads(line.decode())
         except (ValueError, RecursionError):
             continue
         if not isinstance(values, dict) or not isinstance(values.get("step"), int):

@@ -155,7 +155,8 @@ def test_a_lock_that_is_not_text_still_has_a_holder(tmp_path):
         first.make_folder()
         (tmp_path / "run" / "lock").write_bytes(b"\xff\xfe\0" * 1000)
         with pytest.raises(Mistake, match="is in use by") as error:
-            run.Run(tmp_path / "run", True, ALONE)
+            with run.Run(tmp_path / "run", True, ALONE):
+                pass
         assert len(str(error.value)) < 2000
 
 

@@ -38,7 +38,7 @@ marks="not slow"
 failed=0
 # whole files that share expensive fixtures stay on one worker: see xdist_group in tests/
 "$PY" -m pytest -q -p no:logging -n auto --dist=loadgroup -m "$marks" --durations=15 \
-    --ignore=tests/test_attention_kernel_triton.py tests || failed=1
+    tests || failed=1
 
 if [ -n "$kernel" ]; then
     wait "$kernel" || failed=1

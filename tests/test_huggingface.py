@@ -1320,7 +1320,14 @@ def test_values_of_config_json_that_cannot_be_are_refused_before_memory_is_taken
 ):
     folder = copy_of("llama")
     change(folder / "config.json", **values)
-    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *a, **k: pytest.fail("took memory"))
+    empty = torch.empty
+
+    def no_memory(*a, **k):
+        tensor = empty(*a, **k)
+        assert tensor.is_meta, "took memory"
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", no_memory)
     with pytest.raises(Mistake, match=said) as error:
         huggingface.load(folder)
     assert "\n" not in str(error.value)

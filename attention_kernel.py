@@ -4,7 +4,7 @@
 spans. Everywhere else it is plain PyTorch: tiles of queries, each against only the keys it can see.
 When the documents of a batch change, four vectors of integers change; nothing is compiled again.
 
-Neighbours: FlashMask (arXiv 2410.01359) skips tiles by intervals too, but per column: which queries
+Neighbors: FlashMask (arXiv 2410.01359) skips tiles by intervals too, but per column: which queries
 do *not* see a key, up to two intervals. Here they are per row, one per half of the sequence, which
 is all that block diffusion needs. BD3-LM and SDAR give the same mask to flex-attention, which
 builds a block mask for every packing. TileLang's block-diffusion example has fixed blocks of one

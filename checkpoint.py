@@ -1,6 +1,6 @@
 """A model and its optimizer on disk: saved by all processes, resumed by any number of them.
 
-A checkpoint is a folder of weights as Hugging Face has them (huggingface.py), and beside them
+A checkpoint is a folder of weights as Hugging Face has them (huggingface.py), and next to them
 state/, which only training needs: the optimizer's state, as torch.distributed.checkpoint writes it,
 and how the run was set up.
 
@@ -10,12 +10,14 @@ and how the run was set up.
 
 Each is written under another name, synced to the disk, and renamed when complete: a run killed at
 any moment, a power cut, or a disk that fills up leaves the previous checkpoint as it was. Every
-process reads and writes its own part, so a run goes on with another number of processes, and none
-ever holds the whole model.
+process reads and writes its own part, so a run may continue with another number of processes, and
+none ever holds the whole model.
 
 What may be opened from strangers: state/ too. PyTorch pickles the optimizer's table of contents and
 its numbers; here the first may hold nothing but the classes of `PICKLED`, and the rest is read as
 tensors and plain values (`weights_only`), so that no code in them runs.
+
+Not covered: the folder of a whole run (run.py), weights without state (huggingface.py).
 """
 import io
 import json

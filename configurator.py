@@ -206,7 +206,7 @@ def parse(key, text, kind):
 
 
 def print_help(Config, usage):
-    """Every key with its default, type and meaning; the meaning is the comment beside the field."""
+    """Every key with its default, type and meaning; the meaning is the comment after the field."""
     spec = sys.modules["__main__"].__spec__  # set under python -m data.stdlib.prepare
     name = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
     print(f"usage: python {name} {usage} [--key=value ...]\n")

@@ -194,8 +194,8 @@ def spans_for(recipe, doc_start, doc_end, step=None):
 def read_at(recipe, doc_start):
     """(B, T) int64: at which of the model's S positions the prediction of each token is read.
 
-    With `shift` the first token of a K-block is read at its left neighbour in the *clean* half: the
-    noisy neighbour belongs to another block, which it never saw clean.
+    With `shift` the first token of a K-block is read at its left neighbor in the *clean* half: the
+    noisy neighbor belongs to another block, which it never saw clean.
     """
     T = doc_start.shape[1]
     i = torch.arange(T, device=doc_start.device).expand(doc_start.shape)

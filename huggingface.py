@@ -163,7 +163,7 @@ def latest_of(run):
 
 
 def is_plain(name):
-    """Whether a name found in a file is that of a file beside it, and leads nowhere else."""
+    """Whether a name found in a file is that of a file in the folder, and leads nowhere else."""
     return (isinstance(name, str) and name not in ("", ".", "..")
             and not re.search(r"[/\\:\0]", name))
 
@@ -269,7 +269,7 @@ def weight_files(folder):
         file_of = read_json(index).get("weight_map")
         if not isinstance(file_of, dict) or not all(map(is_plain, file_of.values())):
             raise Mistake(f"{index} is damaged: weight_map must give each tensor the name of a "
-                          "file beside it")
+                          "file in the same folder")
     else:
         file_of = {"": "model.safetensors"}
     missing = sorted({file for file in file_of.values() if not (folder / file).is_file()})
@@ -301,7 +301,7 @@ def opened(path):
 def check_weights(folder, cfg):
     """Compare the files' headers with config.json: every weight of a model of `cfg`, in its shape.
 
-    No others are allowed, but for a head beside tied embeddings. Takes no memory: call it before
+    No others are allowed, except a head with tied embeddings. Takes no memory: call it before
     a model is allocated. Raises Mistake. Returns {tensor's name: its file}.
     """
     where = weight_files(folder)
@@ -403,7 +403,7 @@ def write_weights(folder, weights, dtype, rank=0, size=1, whole=itself):
 
 
 def group_by_size(weights, dtype):
-    """The tensors' names, as lists of neighbours that make at most FILE_BYTES each."""
+    """The tensors' names, as lists of neighbors that make at most FILE_BYTES each."""
     groups, room = [], 0
     for name, p in weights.items():
         room -= p.numel() * dtype.itemsize

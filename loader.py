@@ -170,7 +170,7 @@ def read_meta(folder):
 def read_offsets(path, tokens):
     """(documents + 1,) int64, checked against the shard that it belongs to."""
     if not path.is_file():
-        raise Mistake(f"no {path} beside its .bin; prepare the data again")
+        raise Mistake(f"no {path} next to its .bin; prepare the data again")
     offsets = np.fromfile(path, np.int64)
     fits = len(offsets) >= 2 and offsets[0] == 0 and offsets[-1] == len(tokens)
     if not fits or (np.diff(offsets) <= 0).any():

@@ -166,12 +166,12 @@ def block_activations(model_cfg, e, recompute, n, queries, read, copied=0):
     d, f = c.d_model, c.d_ff
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
     entered = n * e * d
-    normalised = n * (e * d + 4)
+    normalized = n * (e * d + 4)
     rotated = e * (queries * q + n * kv)
     attended = queries * (e * q + 4 * c.n_head)  # and the log-sum-exp
-    second_norm = read * (2 * e * d + 4)  # input plus attention; normalised, for gate and up
+    second_norm = read * (2 * e * d + 4)  # input plus attention; normalized, for gate and up
     mlp = read * e * 4 * f  # gate; silu(gate), up; their product, for down
-    everything = entered + normalised + rotated + n * e * kv + attended + copied + second_norm + mlp
+    everything = entered + normalized + rotated + n * e * kv + attended + copied + second_norm + mlp
     if c.qk_norm:  # q and k before their norms
         everything += rotated + 4 * (queries * c.n_head + n * c.n_kv_head)
     if recompute == "none":
@@ -179,7 +179,7 @@ def block_activations(model_cfg, e, recompute, n, queries, read, copied=0):
     if recompute == "full":
         return entered, everything - entered
     kept = entered + rotated + n * e * kv + attended + read * e * (2 * d + 2 * f)
-    again = normalised + rotated + copied + second_norm + read * e * 2 * f
+    again = normalized + rotated + copied + second_norm + read * e * 2 * f
     return kept, again
 
 
@@ -197,7 +197,7 @@ def activation_bytes(model_cfg, cfg, rows):
     queries = tokens * last_queries(cfg) // cfg.batch_tokens
     copied = tokens * e * model_cfg.n_head * h  # of attention's output
     if queries < n and rows > 1:
-        copied += queries * e * d  # of the normalised input, for q
+        copied += queries * e * d  # of the normalized input, for q
     blocks = []
     for sizes_of_block in ((n, n, n), (n, queries, tokens, copied)):
         kept, again = block_activations(model_cfg, e, cfg.recompute, *sizes_of_block)

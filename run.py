@@ -1,5 +1,4 @@
-"""A run: its folder, resuming, restarts, signals, metrics. What train.py and rl.py share besides
-the loop.
+"""A run: its folder, resuming, restarts, signals, metrics: what surrounds a training loop.
 
     out/toy/latest            the name of the newest checkpoint, such as step_0000300
     out/toy/step_0000300/     a checkpoint (checkpoint.py)

@@ -250,7 +250,8 @@ def train(cfg, given, world, run):
             seconds = time.time() - began
             mfu = None
             if peak_flops:
-                flops = plan.step_flops(model_cfg, plan.positions(cfg), masked, pairs)
+                flops = plan.step_flops(model_cfg, plan.positions(cfg), masked, pairs,
+                                        plan.last_queries(cfg))
                 mfu = flops / seconds / (peak_flops * world.size)
             tokens_per_s = cfg.batch_tokens / seconds
             run.log({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr,

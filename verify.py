@@ -1,4 +1,4 @@
-"""Our logits beside those of the folder's own code, which `transformers` runs.
+"""Our logits compared with those of the folder's own code, which `transformers` runs.
 
     python huggingface.py verify FOLDER
     python huggingface.py verify apple/DiffuCoder-7B-Base --trust_remote_code=true

@@ -342,7 +342,7 @@ def draw(results, peak, path):
                 curves.setdefault(name, []).append((T, row["total_rate"]))
         for name, points in curves.items():
             axis.plot(*zip(*points), "o-", label=name, ms=3)
-        axis.axhline(peak, color="grey", lw=0.8, ls="--")
+        axis.axhline(peak, color="gray", lw=0.8, ls="--")
         axis.set(title=case, xlabel="T", xscale="log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)

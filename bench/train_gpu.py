@@ -1,4 +1,4 @@
-"""Real training steps on one GPU: MFU, tokens per second, and memory beside the plan.
+"""Real training steps on one GPU: MFU, tokens per second, and memory compared with the plan.
 
     python -m bench.train_gpu                # CoDA-1.7B's shape and config/small.py, ar and block
     python -m bench.train_gpu --smoke=true   # the same with a toy's sizes, anywhere: does it run?

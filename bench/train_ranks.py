@@ -1,4 +1,4 @@
-"""Tokens per second of training on the CPU: one process beside two that share the same batch.
+"""Tokens per second of training on the CPU: one process and two that share the same batch.
 
     python -m bench.train_ranks        # prints a table and writes bench/results/train_ranks.md
 

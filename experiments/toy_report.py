@@ -1,8 +1,8 @@
-"""How the demo's two models did, beside two yardsticks that need no training: a table and a plot.
+"""How the demo's two models did, and two baselines that need no training: a table and a plot.
 
     python -m experiments.toy_report    # reads out/toy_ar and out/toy
 
-Writes out/toy/report.md and out/toy/loss.png. The yardsticks: an interpolated Kneser-Ney 4-gram
+Writes out/toy/report.md and out/toy/loss.png. The baselines: an interpolated Kneser-Ney 4-gram
 model counted on the very windows that the autoregressive stage trained on, and `xz -9` of the
 held-out files. The models and the n-gram model are scored on the same held-out windows.
 
@@ -47,7 +47,7 @@ PROMPTS = ("def fibonacci(n):\n",
 ORDER, DISCOUNT = 4, 0.75
 
 
-# --- yardsticks -----------------------------------------------------------------------------------
+# --- baselines -----------------------------------------------------------------------------------
 
 def count_ngrams(windows):
     """Kneser-Ney counts of (N, T) windows, for each order from ORDER down to 1.
@@ -211,7 +211,7 @@ def main(argv=None):
     diffusion = f"block diffusion, K = {recipe.block_size} (NELBO)"
     ngram = ngram_bits_per_byte(train, val, tok, settings)
     scored = read_metrics(cfg.block)[1][-1]["val_tokens"]
-    lines = ["| model | bits per byte, held out | tokens per second | seconds |",
+    lines = ["| model | held-out bits per byte | training tokens/s | seconds, with evaluation |",
              "|---|---|---|---|",
              table_row("autoregressive", cfg.ar),
              table_row(diffusion, cfg.block),

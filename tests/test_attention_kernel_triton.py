@@ -5,6 +5,7 @@
 That is a run of its own, since the variable is process-wide. Without CUDA and without the
 interpreter the whole file is skipped.
 """
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -20,7 +21,8 @@ from attention_kernel import (
     kernel_forward,
     tiled_attention,
 )
-from diffusion import Recipe, corrupt, weighted_loss
+from diffusion import Draw, Recipe, corrupt, weighted_loss
+from loader import Batch
 from model import ModelConfig, Transformer
 from parallel import recompute_blocks
 from spans import Spans
@@ -221,7 +223,8 @@ def toy_batch(step):
     doc_start, doc_end = packed([24], [10, 14], [1, 5, 18], [23, 1])
     x0 = torch.randint(4, 64, (4, 24), generator=torch.Generator().manual_seed(step))
     maskable = torch.arange(24) != doc_start
-    noised = corrupt(x0, doc_start, doc_end, maskable, RECIPE, 0, step, range(4), 4)
+    batch = Batch(x0, doc_start, doc_end, maskable, np.arange(4))
+    noised = corrupt(batch, RECIPE, Draw(seed=0, step=step, rows=range(4), batch_rows=4))
     return noised.rows(0, 4, DEVICE)
 
 

@@ -467,7 +467,7 @@ def test_draws_depend_on_seed_step_and_row():
 
 
 def test_large_seeds_do_not_share_their_noise():
-    """As floats, 2^63 - 1 and its neighbours would be one number."""
+    """As floats, 2^63 - 1 and its neighbors would be one number."""
     data, recipe = even_blocks(4, 32), make()
     near = [noise(data, recipe, seed=2**63 - 1 - i).masked for i in range(3)]
     assert not any(torch.equal(a, b) for a, b in combinations(near, 2))

@@ -1366,7 +1366,7 @@ def test_weights_outside_of_the_folder_are_not_read(copy_of, tmp_path):
     for name, of in index["weight_map"].items():
         index["weight_map"][name] = f"../{of}" if of == file else of
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(Mistake, match="a file beside it"):
+    with pytest.raises(Mistake, match="a file in the same folder"):
         huggingface.load(folder, block_size=4)
 
 

@@ -135,7 +135,7 @@ def test_the_order_of_a_seed_stays_the_same_over_versions_of_this_file(folder):
 
 
 @pytest.mark.parametrize("seed", [2**63, 2**64 - 2])
-def test_neighbouring_seeds_have_different_orders_however_large_they_are(folder, seed):
+def test_neighboring_seeds_have_different_orders_however_large_they_are(folder, seed):
     write_shards(folder, [[200]], 300)
     windows = Windows(folder, "train", 2, 300)
     assert not np.array_equal(windows.order(seed, 0), windows.order(seed + 1, 0))

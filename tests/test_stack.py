@@ -713,7 +713,7 @@ MIXTURES = {
     "source empty": ([FINE | {"source": []}], "source 'a' has source []; it must be a file"),
     "name a list": ([FINE | {"name": [1]}], "source [1] has name [1]; it must be a text"),
     "text an object": ([FINE | {"text": {}}], "source 'a' has text {}; it must be a text"),
-    "licence a number": ([FINE | {"licence": 4}], "source 'a' has licence 4; it must be a text"),
+    "license a number": ([FINE | {"license": 4}], "source 'a' has license 4; it must be a text"),
     "column a number": ([FINE | {"language_column": 1, "languages": ["C"]}],
                         "source 'a' has language_column 1; it must be a text"),
     "languages of numbers": ([FINE | {"language_column": "lang", "languages": [1]}],
@@ -793,7 +793,7 @@ def test_a_missing_package_is_named(tmp_path, tok, monkeypatch, name, module):
 
 
 @pytest.mark.parametrize("name, count", [("coda", 7), ("code", 1)])
-def test_the_mixtures_here_are_valid_and_state_their_licences(name, count):
+def test_the_mixtures_here_are_valid_and_state_their_licenses(name, count):
     sources = read_mixture(ROOT / "data" / "stack" / f"{name}.json", True)
-    assert len(sources) == count and all(s["licence"] and s["note"] for s in sources)
+    assert len(sources) == count and all(s["license"] and s["note"] for s in sources)
 

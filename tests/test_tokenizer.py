@@ -387,12 +387,16 @@ QWEN_ADDED = {
 }
 DREAM_ADDED = QWEN_ADDED | {"<|beginoftext|>": True, "<|mask|>": True}
 
-LLAMA3_CHAT = """{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + \
-message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}\
+LLAMA3_CHAT = """{% set loop_messages = messages %}{% for message in loop_messages %}{% set \
+content = '<|start_header_id|>' + \
+message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if \
+loop.index0 == 0 %}\
 {% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}\
-{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""  # noqa: E501
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif \
+%}"""
 SEED_CHAT = """{{- bos_token -}}system
-{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}You are an AI programming assistant.{% endif %}
+{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}You are an AI programming \
+assistant.{% endif %}
 
 
 {{ eos_token -}}
@@ -400,7 +404,7 @@ SEED_CHAT = """{{- bos_token -}}system
 {{ bos_token + message['role'] + '\n' + message['content'] | trim + eos_token }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ bos_token + 'assistant\n' }}{%- endif -%}
-"""  # noqa: E501
+"""
 QWEN_CHAT = """{%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n' }}
     {%- for tool in tools %}
@@ -410,18 +414,20 @@ QWEN_CHAT = """{%- if tools %}
     {%- if messages[0]['role'] == 'system' %}
         {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
     {%- else %}
-        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+        {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful \
+assistant.<|im_end|>\\n' }}
     {%- endif %}
 {%- endif %}
 {%- for message in messages %}
-    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant") %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or \
+(message.role == "assistant") %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
-"""  # noqa: E501
+"""
 # what published templates use of jinja2 besides: Qwen3 looks for the last question, others stop
 # early or write JSON
 TRICKS_CHAT = """
@@ -432,14 +438,17 @@ TRICKS_CHAT = """
             {% set ns.last = index %}{% break %}
         {% endif %}
     {% endfor %}
-  {{- bos_token }}{{ eos_token }}{{ pad_token }}{{ mask_token is defined }} {{ ns.last }} {{ tools is none }}
+  {{- bos_token }}{{ eos_token }}{{ pad_token }}{{ mask_token is defined }} {{ ns.last }} {{ \
+tools is none }}
   {{- strftime_now('%Y') }}
     {% for message in messages %}
-        {% if message.role == 'tool' %}{{ raise_exception("no tools here, only 'user' & co.") }}{% endif %}
+        {% if message.role == 'tool' %}{{ raise_exception("no tools here, only 'user' & co.") \
+}}{% endif %}
         {% if loop.index0 > 2 %}{% continue %}{% endif %}
-<|im_start|>{{ message | tojson }} {{ message.content.split('\\n')[0] | tojson(indent=2) }}<|im_end|>
+<|im_start|>{{ message | tojson }} {{ message.content.split('\\n')[0] | tojson(indent=2) \
+}}<|im_end|>
     {% endfor %}
-"""  # noqa: E501
+"""
 CHATS = [
     [{"role": "user", "content": "Write  fib."}],
     [

@@ -307,10 +307,12 @@ def test_flops_and_loader_seconds_are_in_the_metrics(data_folder, tmp_path):
     assert len(lines) == 2
     for m in lines:
         assert 0 <= m["loader_seconds"] < m["seconds"] and m["memory_gb"] > 0
-        # 2 layers, d 32, 2 + 2·1 heads of 16 either way, d_ff 48; 512 positions;
-        # the head for the masked ones among 320 ids
-        matrices = 6 * 512 * 2 * (32 * 16 * 6 + 3 * 32 * 48)
-        most = 12 * 2 * 2 * 16 * 2 * 256 * 32 + 6 * 256 * 32 * 320
+        # 2 layers, d 32, 2 + 2·1 heads of 16 either way, d_ff 48; 256 noisy and 256 clean
+        # positions. The last layer: keys and values of all, queries of the noisy ones, and the
+        # rest of the masked ones, as has the head of 320 ids
+        matrices = 6 * 512 * (32 * 16 * 6 + 3 * 32 * 48)
+        matrices += 6 * 512 * 32 * 16 * 2 + 6 * 256 * 32 * 16 * 2
+        most = 12 * 2 * 2 * 16 * 2 * 256 * 32 + 6 * 256 * (32 * 16 * 2 + 3 * 32 * 48 + 32 * 320)
         assert 0 < m["mfu"] * m["seconds"] * 1e9 - matrices < most
 
 
@@ -462,7 +464,7 @@ MISTAKES = [
     ("--objective=arr", "objective is one of ar, bidirectional"),
     ("--objective=ar --shift=false", "shift=False is not possible"),
     ("--objective=block --strategies=((0.1,0.1,0.1),)", "need objective='bidirectional'"),
-    ("--lr=-1", "lr=-1 does not fit: lr is a float from 1e-12"),
+    ("--lr=-1", "lr=-1 does not fit: lr is a float from 1e-30"),
     ("--beta1=1.5", "beta1=1.5 does not fit: beta1 is a float from 0 to 0.999999"),
     ("--eval_draws=1", "eval_draws=1 does not fit: eval_draws is an int from 2"),
     ("--anneal_steps=5", "anneal_steps=5 needs objective='bidirectional'"),

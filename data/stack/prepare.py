@@ -11,7 +11,7 @@ work; a run that was interrupted goes on with the same command.
 A source is .jsonl, .jsonl.gz, .jsonl.zst or .parquet files: a file, a glob, a folder, or a URL
 that fsspec opens, such as hf://datasets/OWNER/NAME/data/*.parquet. A mixture is a JSON list of
 {"name", "source" (one or a list of them), "weight", "text" (the column with the document)} and,
-where wanted, "language_column", "languages" (to keep), "licence" and "note". coda.json and
+where wanted, "language_column", "languages" (to keep), "license" and "note". coda.json and
 code.json say under what terms their sources come, and what of it could not be confirmed.
 
 Writes train_00000.bin, train_00000.idx, val_00000.bin and so on as data/stdlib/prepare.py does,
@@ -470,7 +470,7 @@ def finish(cfg, tok, sources, tallies, mark):
               f"{shards} shard{plural}")
     for source, tally in zip(sources, tallies):
         times = round(1 + (tally["tokens"] - tally["once"]) / max(tally["train"], 1), 2)
-        about = {key: source[key] for key in ("name", "source", "weight", "licence", "note")
+        about = {key: source[key] for key in ("name", "source", "weight", "license", "note")
                  if key in source}
         meta["sources"].append({**about, "tokens": tally["tokens"], "times_read": times,
                                 "left_out": tally["left_out"]})
@@ -510,7 +510,7 @@ def plan_of(cfg, sources):
     settings = ("tokens", "vocab_size", "val_percent", "max_chars", "shard_tokens")
     plan = {key: getattr(cfg, key) for key in settings}
     plan["tokenizer"] = hashlib.sha256(tokenizer.encode()).hexdigest()
-    plan["sources"] = [{key: source[key] for key in source if key not in ("licence", "note")}
+    plan["sources"] = [{key: source[key] for key in source if key not in ("license", "note")}
                        for source in sources]
     return plan
 

@@ -16,8 +16,8 @@ from files import read_text
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 REQUIRED = {"name", "source", "weight", "text"}
-OPTIONAL = {"language_column", "languages", "licence", "note"}
-TEXTS = ("name", "text", "language_column", "licence", "note")  # keys whose values are texts
+OPTIONAL = {"language_column", "languages", "license", "note"}
+TEXTS = ("name", "text", "language_column", "license", "note")  # keys whose values are texts
 MAX_BLANK = 100_000  # white space in a row; at a million, tiktoken's regex engine panics
 
 

@@ -9,7 +9,7 @@ document starts, and the end: int64), the tokenizer's files and meta.json. A doc
 the tokenizer has one, a file's tokens, <eos>. A file goes to train or val by a hash of its path, so
 the split is the same every time. If nothing has changed since the last run, it does nothing.
 
-Not covered: corpora that do not fit in memory, near-duplicates, licences.
+Not covered: corpora that do not fit in memory, near-duplicates, licenses.
 """
 if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints no traceback
     from configurator import begin

@@ -47,7 +47,10 @@ def attention(q, k, v, spans):
     """
     T = spans.doc_start.shape[1]
     in_cache = k.shape[2] - (2 * T if spans.noisy else T)
-    if in_cache or q.dtype != k.dtype or why_tiled(q.device.type, q.dtype, q.shape[3]):
+    # beyond, the kernel's offsets in a row of the batch pass 2^31, or its tiles CUDA's largest grid
+    too_long = k.shape[2] * q.shape[1] * q.shape[3] >= 2**31 or k.shape[2] >= 2**19
+    tiled = in_cache or too_long or q.dtype != k.dtype
+    if tiled or why_tiled(q.device.type, q.dtype, q.shape[3]):
         return tiled_attention(q, k, v, spans)
     return kernel_forward(q, k, v, spans.stacked(), spans.noisy)[0]
 
@@ -119,7 +122,7 @@ def grouped_attention(q, k, v, mask):
         mask = mask.repeat(1, 1, group, 1)  # (B, 1, group·Q, L)
     rows = q.reshape(B, -1, group * Q, head_dim)  # (B, n_kv_head, group·Q, head_dim)
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-    return out.view(B, n_head, Q, head_dim)
+    return out.reshape(B, n_head, Q, head_dim)  # its strides depend on SDPA's backend
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -139,9 +142,10 @@ def grouped_attention(q, k, v, mask):
 #
 # There are no atomics: with the same choice of tiles a run repeats to the bit. Each program takes
 # one tile of one head; the heaviest tiles start first. Programs that share K and V (the heads of a
-# group, the noisy and the clean tile of the same positions) start close together, to find them in
-# the L2 cache. Each kernel has one loop over tiles, for both halves, border and inside: with a copy
-# of the loop for each kind, the compiler spilled several times as many registers.
+# group, the noisy and the clean tile of the same positions) are launched next to each other: their
+# loads hit in the L2 cache. Each kernel has one loop over tiles, for both halves, border and
+# inside: with a copy of the loop for each kind, the compiler spilled several times as many
+# registers.
 #
 # Names: M queries by N keys are a tile. D is head_dim, DP is D up to a power of two. H query heads,
 # GROUP of them share a key head. x_b, x_h, x_s are a tensor's strides from one row of the batch,

@@ -11,7 +11,7 @@ and how the run was set up.
 Each is written under another name, synced to the disk, and renamed when complete: a run killed at
 any moment, a power cut, or a disk that fills up leaves the previous checkpoint as it was. Every
 process reads and writes its own part, so a run may continue with another number of processes, and
-none ever holds the whole model.
+none holds more than one file of weights.
 
 What may be opened from strangers: state/ too. PyTorch pickles the optimizer's table of contents and
 its numbers; here the first may hold nothing but the classes of `PICKLED`, and the rest is read as
@@ -20,13 +20,14 @@ tensors and plain values (`weights_only`), so that no code in them runs.
 Not covered: the folder of a whole run (run.py), weights without state (huggingface.py).
 """
 import io
-import json
 import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import torch.distributed as dist
@@ -44,10 +45,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 import huggingface
 from configurator import Mistake
-from files import move_folder, read_json, write_json, write_text
+from files import move_folder, write_json, write_text
 from parallel import gathered, rank_and_size, wait_for_all
 
-# said of every single process: it is what we want there
+# expected with a single process
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # a key per tensor, after its weight
 
@@ -66,7 +67,7 @@ def save(run, step, model, optimizer, tok, recipe, settings, keep):
     aside = run / "saving.tmp"
     try:
         if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            clear(aside)  # of a run that was killed
             (aside / "state").mkdir(parents=True)
         wait_for_all()
         huggingface.write_model(aside, model, tok, recipe, torch.float32, rank, size, gathered)
@@ -80,10 +81,15 @@ def save(run, step, model, optimizer, tok, recipe, settings, keep):
             move_folder(aside, run / name)
             write_text(run / "latest", name)
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        clear(aside)
+        if isinstance(inner(error), (SystemExit, KeyboardInterrupt)):  # a second Ctrl-C
+            raise inner(error) from None
         raise OSError(f"could not save {run / name}: {reason(error)}; {last_good(run)}") from error
     if rank == 0:
-        prune(run, name, keep)
+        try:
+            prune(run, name, keep)
+        except OSError as error:  # the new one is saved: no reason to stop
+            print(f"an old checkpoint could not be removed: {error}", file=sys.stderr)
 
 
 def prune(run, latest, keep):
@@ -105,9 +111,16 @@ def discard(folder):
     if not folder.exists():
         return
     aside = folder.with_name("discarded.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    clear(aside)
     os.replace(folder, aside)
     shutil.rmtree(aside)
+
+
+def clear(aside):
+    """Remove what a killed process left under this name; of a link, the link alone."""
+    if aside.is_symlink():
+        aside.unlink()
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def optimizer_state(model, optimizer):
@@ -141,13 +154,10 @@ def last_good(run):
 def load_state(folder, model, optimizer):
     """Read the optimizer's state from a checkpoint's state/, in place. All processes take part.
 
-    Returns the dict `save` was given as settings, with `step`. Raises Mistake for a damaged one.
+    The optimizer's settings, such as its weight decay, stay those it was made with. Raises Mistake
+    for a damaged state.
     """
-    folder = huggingface.find(folder)
-    settings = read_json(folder / "state" / "train.json")
-    if type(settings.get("step")) is not int or settings["step"] < 0:
-        raise Mistake(f"{folder / 'state' / 'train.json'} is damaged: it does not say the step")
-    path = folder / "state" / "optimizer"
+    path = Path(folder) / "state" / "optimizer"
     if not (path / ".metadata").is_file():
         raise Mistake(f"{folder} cannot be resumed: {path.name}/.metadata is missing")
     state = optimizer_state(model, optimizer)  # of the right shapes, to be read into
@@ -159,8 +169,11 @@ def load_state(folder, model, optimizer):
         if isinstance(inner(error), dist.DistError):  # another process ended: nothing is damaged
             raise
         raise Mistake(f"{path} is damaged or of another optimizer: {reason(error)}") from error
+    settings = [{k: v for k, v in group.items() if k != "params"}
+                for group in optimizer.param_groups]
     set_optimizer_state_dict(model, optimizer, state, options=FLAT)
-    return settings
+    for group, values in zip(optimizer.param_groups, settings):
+        group.update(values)  # the file's are those of the run before
 
 
 METADATA = "torch.distributed.checkpoint.metadata"
@@ -176,13 +189,23 @@ PICKLED = {  # (module, name) of all that a .metadata of ours refers to
 }
 
 
-class Unpickler(pickle.Unpickler):
+class Unpickler(pickle._Unpickler):  # the one in Python, whose steps can be replaced
     """Unpickles nothing but what PICKLED lists: a pickle that names anything else is refused."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module, name):
         if (module, name) not in PICKLED:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
+
+    def load_build(self):
+        """Sets attributes: of new objects, never of a class or a function."""
+        if isinstance(self.stack[-2], (type, FunctionType)):
+            raise pickle.UnpicklingError(f"it would change {self.stack[-2].__name__}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class Reader(dcp.FileSystemReader):
@@ -206,17 +229,3 @@ class Planner(DefaultLoadPlanner):
         content = torch.load(value, weights_only=True)
         place = self.mappings[read_item.dest_index.fqn]
         set_element(self.original_state_dict, place, content)
-
-
-def cut_metrics(path, step):
-    """Drop the lines of metrics.jsonl from `step` on: a resumed run writes them again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] < step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:  # the run was killed while writing it
-            continue
-    write_text(path, "".join(kept))

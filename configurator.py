@@ -113,7 +113,8 @@ def type_in_words(kind):
 def shortened(value):
     """A value as messages show it: a few dozen characters at most."""
     if isinstance(value, int) and abs(value) > 10**20:
-        return f"about {'-' * (value < 0)}2^{abs(value).bit_length() - 1}"
+        sign = "-" if value < 0 else ""
+        return f"about {sign}2^{abs(value).bit_length() - 1}"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -240,11 +241,12 @@ def report(kind, error, trace):
     """sys.excepthook: a line for what a user can mend, a traceback for a bug, or if TRACEBACK=1."""
     if os.environ.get("TRACEBACK"):
         sys.__excepthook__(kind, error, trace)
-    elif issubclass(kind, KeyboardInterrupt):
+        return
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # the first process says the same or the cause; torchrun then ends this one
+    if issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
     elif issubclass(kind, (Mistake, OSError)):
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # all processes meet the same mistake: torchrun ends this one before that
         print(f"error: {error}", file=sys.stderr)
     elif out_of_memory(kind, error):
         first_line = (str(error) or "the system has none left").splitlines()[0]

@@ -103,7 +103,7 @@ class Recipe:
 
     @property
     def decoding_block(self):
-        """Tokens that are written together before the next ones: K, 1, or None (the whole text).
+        """Tokens decoded together: K, 1, or None (the whole text).
 
         `ar_diffusion` differs from its attention's block: its attention is causal, but any masked
         token of the text may be written next.
@@ -397,7 +397,7 @@ def every_mask(clean, recipe, largest):
 
 @torch.no_grad()
 def nelbo(model, batch, recipe, draws=8, seed=0, rows=None, largest=None):
-    """The negative evidence lower bound of these rows, in nats: -log p(x0) is at most this much.
+    """The negative evidence lower bound of these rows, in nats: an upper bound on -log p(x0).
 
     batch: a loader.Batch, on the CPU. Exact under `ar` (the likelihood itself) and where no noise
     block has more than 8 maskable tokens; else `draws` Monte Carlo masks by the `count` schedule,
@@ -446,7 +446,7 @@ def evaluate(model, batch, recipe, token_bytes, draws, micro_batch, world, autoc
     for start in range(world.rank * share, end, micro_batch):
         numbers = range(start, min(start + micro_batch, end))
         part = batch.select([min(row, rows - 1) for row in numbers])
-        repeated = torch.tensor([row >= rows for row in numbers])  # the last row again: not counted
+        repeated = torch.tensor([row >= rows for row in numbers])  # padding: the last row again
         part.maskable &= ~repeated[:, None]
         with autocast():
             nats, variance = nelbo(model, part, recipe, draws, rows=numbers, largest=largest)

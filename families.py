@@ -116,6 +116,11 @@ def rope_theta_of(hf):
     return rope.get("rope_theta", hf.get("rope_theta", 1e4))
 
 
+def unsaid(objective):
+    """What is known of an objective that its folder was not trained for."""
+    return {"shift": None, "block_size": None if objective == "block" else 1}
+
+
 def recipe_of(hf, tok, objective=None, shift=None, block_size=None):
     """The Recipe of a folder: as asked for, else as its config.json says, else by its model_type.
 
@@ -123,11 +128,13 @@ def recipe_of(hf, tok, objective=None, shift=None, block_size=None):
     Raises Mistake for what nobody says and for values that do not fit.
     """
     told = dict(zip(ASKED, family_of(hf)[1:]))
+    if hf.get("objective") not in (None, told["objective"]):
+        told = unsaid(hf["objective"])  # the rest is of the family's objective
     for key, kind in ASKED.items():
         if hf.get(key) is not None:
             told[key] = check_type(f"config.json's {key}", hf[key], kind)
     if objective not in (None, told["objective"]):
-        told = {"shift": None, "block_size": None if objective == "block" else 1}
+        told = unsaid(objective)
     for key, value in (("objective", objective), ("shift", shift), ("block_size", block_size)):
         if value is not None:
             told[key] = check_type(key, value, ASKED[key])

@@ -1,4 +1,4 @@
-"""Files that outlive a crash, and files that someone else wrote.
+"""Atomic writes, and checked reads of files that may hold anything.
 
 What is written is written aside, synced to the disk and renamed: a kill or a power cut leaves
 either the old file or the new one. What is read may hold anything: it is checked here once, and a
@@ -7,8 +7,10 @@ Mistake names the file.
 Not covered: token files (loader.py) and weights (huggingface.py), which are checked there.
 """
 import json
+import math
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from configurator import Mistake
@@ -24,26 +26,39 @@ def read_text(path):
         raise Mistake(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def read_json(path):
-    """The object in a JSON file, as a dict. Raises Mistake where there is none."""
+def parse_json(path):
+    """The value in a JSON file. Raises Mistake where there is none, or one that is not finite."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except Mistake:
-        raise
+        return json.loads(text, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:
         raise Mistake(f"{path} is not readable JSON: {error}") from error
+
+
+def finite(text):
+    """A float. Raises ValueError for NaN and infinity, which `write_json` could not write."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict. Raises Mistake where there is none."""
+    value = parse_json(path)
     if not isinstance(value, dict):
         raise Mistake(f"{path} holds a {type(value).__name__}, not an object of names and values")
     return value
 
 
-def write_text(path, text):
-    """Replace a file's text, or leave it as it was."""
+@contextmanager
+def replacing(path):
+    """A binary file to write in place of `path`, which stays as it was if anything goes wrong."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(aside, "w", encoding="utf-8") as f:
-            f.write(text)
+        with open(aside, "wb") as f:
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
@@ -52,9 +67,24 @@ def write_text(path, text):
     sync(path.parent)
 
 
+def write_text(path, text):
+    """Replace a file's text, or leave it as it was."""
+    with replacing(path) as f:
+        f.write(text.encode())
+
+
 def write_json(path, value):
     """Like write_text. Raises ValueError for NaN and infinity, which JSON does not have."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    write_text(path, json.dumps(value, indent=1, allow_nan=False))
+
+
+def check_out(path):
+    """Raise Mistake for a file that could not be written: call it before the work, not after."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise Mistake(f"out={path} cannot be written: there is no folder {folder}; make it first")
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise Mistake(f"out={path} cannot be written: it must be a file in a folder of yours")
 
 
 def fresh_folder(beside):

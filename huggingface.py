@@ -40,7 +40,7 @@ from configurator import Int, Mistake, Name, configure, shortened
 from families import ASKED, from_hf_config, recipe_of, to_hf_config
 from files import fresh_folder, move_folder, read_json, read_text, sync, umask, write_json
 from model import Transformer
-from tokenizer import Tokenizer, cut_at
+from tokenizer import MAX_IDS, Tokenizer, cut_at
 
 FILE_BYTES = 5 * 10**9  # largest file of weights
 
@@ -105,6 +105,9 @@ def from_merges(folder, config):
     try:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"),
                                              str(folder / "merges.txt"))
+        highest = max([0, *vocab.values(), *map(int, added)])
+        if highest >= MAX_IDS:  # the library's memory grows with the gaps between ids
+            raise Mistake(f"{folder} has a token with id {highest}: ids are below {MAX_IDS:,} here")
         hf = tokenizers.Tokenizer(models.BPE(vocab, merges))
         hf.normalizer = normalizers.NFC()
         hf.pre_tokenizer = cut_at(QWEN_SPLIT)
@@ -301,8 +304,8 @@ def opened(path):
 def check_weights(folder, cfg):
     """Compare the files' headers with config.json: every weight of a model of `cfg`, in its shape.
 
-    No others are allowed, except a head with tied embeddings. Takes no memory: call it before
-    a model is allocated. Raises Mistake. Returns {tensor's name: its file}.
+    Any other tensor is an error, except lm_head.weight where embeddings are tied. Takes no memory:
+    call it before a model is allocated. Raises Mistake. Returns {tensor's name: its file}.
     """
     where = weight_files(folder)
     layers = {name.split(".")[2] for name in where if name.startswith("model.layers.")}

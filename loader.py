@@ -20,6 +20,7 @@ import torch
 
 from configurator import Mistake, shortened
 from files import read_json
+from tokenizer import dtype_for
 
 DATA_ORDER = 3  # the purpose of this random stream (diffusion.py has the others)
 
@@ -31,7 +32,7 @@ class Batch:
     doc_start: torch.Tensor  # (B, T) int32: where each token's document starts in the window
     doc_end: torch.Tensor  # (B, T) int32: and where it ends
     maskable: torch.Tensor  # (B, T) bool: all but the first token of each document
-    epochs: np.ndarray  # (B,) int64: how often the whole split had been read before this row
+    epochs: np.ndarray  # (B,) int64: the epoch of each row, from 0
 
     def select(self, rows):
         """Copies of these rows, a list of numbers."""
@@ -52,7 +53,8 @@ class Windows:
         if T < 2:
             raise Mistake(f"context={T} must be 2 or more: "
                           "a window's first token is never predicted")
-        self.T, self.cross_document = T, cross_document
+        self.folder, self.T, self.vocab_size = folder, T, vocab_size
+        self.cross_document = cross_document
         self.tokens, self.offsets = open_shards(folder, split, vocab_size)
         counts = [len(tokens) // T for tokens in self.tokens]
         self.ends = np.cumsum(counts)  # (shards,): windows in each shard and all before it
@@ -74,6 +76,9 @@ class Windows:
         windows_before = 0 if shard == 0 else self.ends[shard - 1]
         start = (number - windows_before) * self.T
         tokens = self.tokens[shard][start:start + self.T].astype(np.int64)
+        if tokens.max() >= self.vocab_size:
+            raise Mistake(f"{self.folder} is damaged: it holds token {tokens.max()}, and its "
+                          f"tokenizer has {self.vocab_size} ids; prepare the data again")
         if self.cross_document:
             return tokens, np.zeros(self.T, np.int64), np.full(self.T, self.T)
         offsets = self.offsets[shard]
@@ -155,7 +160,7 @@ def token_dtype(folder, vocab_size):
     if prepared > vocab_size:  # a smaller one is fine: a model may have added a <mask>
         raise Mistake(f"{folder} was prepared with a vocabulary of {prepared}, "
                       f"the model has one of {vocab_size}")
-    return np.uint16 if prepared <= 2**16 else np.uint32
+    return dtype_for(prepared)
 
 
 def read_meta(folder):

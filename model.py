@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from attention_kernel import attention
 from configurator import Float, Int, Mistake, check_fields
 
-LOGITS_AT_ONCE = 2**26  # 256 MB in float32: the most logits that the loss ever holds
+LOGITS_AT_ONCE = 2**26  # 256 MB: float32 logits of one chunk of the loss
 
 
 @dataclass
@@ -177,10 +177,9 @@ class Transformer(nn.Module):
 
         tokens: (B, S) int64. spans: Spans of these S positions. cache: a KVCache whose first
         `cache.length` positions come before them; theirs are written behind.
-        Where few of these states are wanted, the last block needs keys and values of all positions,
-        but the rest only of those:
-        queries: int, only the first so many positions of each row are (the noisy half); None: S.
-        read: (N,) int64, only these of them are, as row · queries + position.
+        The last block can skip positions that nobody reads:
+        queries: int, only the first `queries` positions of each row (the noisy half); None: all.
+        read: (N,) int64, of those only the ones listed, as row · queries + position.
         Returns (B, S, d_model), or (N, d_model) where `read` is given.
         """
         angles = rope_angles(spans.positions, self.cfg.head_dim, self.cfg.rope_theta)

@@ -9,7 +9,7 @@ update, and an Adafactor that is sharded too.
 
 Every process runs the same script on its own rows of the global batch. FSDP2 cuts each weight, its
 gradient and its optimizer state into equal parts by rows, one per process (ZeRO-3): a block's
-weights are gathered when it runs and freed after, its gradients are summed and cut again. Master
+weights are gathered when it runs and freed after, its gradients are reduce-scattered. Master
 weights are float32, the gathered copies have `dtype`, sums are float32. With `shard_ranks` (HSDP,
 hybrid sharding) that many processes share a copy, and the copies exchange gradients.
 
@@ -58,7 +58,7 @@ class World:
         return total.tolist()
 
     def first(self, ask):
-        """What ask() returns on the first process, on all; a Mistake or OSError likewise."""
+        """Call ask() on rank 0; all ranks get its result, or raise its Mistake or OSError."""
         answer = [None]
         if self.rank == 0:
             try:
@@ -89,8 +89,8 @@ def start(device, shard_ranks=0):
     On CUDA a single process is sharded as well, over itself: the same mixed precision everywhere.
     Raises Mistake where the processes cannot be arranged so.
     """
-    launched = "WORLD_SIZE" in os.environ
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # schedulers may set the latter
+    size = int(os.environ["WORLD_SIZE"]) if launched else 1
     if device == "mps" and size > 1:
         raise Mistake(f"{size} processes need device=cuda or cpu: PyTorch has no collectives on "
                       "mps")
@@ -99,7 +99,8 @@ def start(device, shard_ranks=0):
     needs_group = device == "cuda" and dist.is_nccl_available()  # Windows has CUDA without NCCL
     if not launched and not needs_group:
         return World(0, 1, torch.device(device))
-    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    rank = int(os.environ["RANK"]) if launched else 0
+    local = int(os.environ.get("LOCAL_RANK", 0))
     place = torch.device(device)
     if device == "cuda":
         if local >= torch.cuda.device_count():
@@ -122,7 +123,7 @@ def start(device, shard_ranks=0):
 def rows_of(rank, size, cfg):
     """The rows of the global batch that a process computes, a range.
 
-    Raises Mistake where the processes cannot have equally many.
+    Raises Mistake if the rows do not divide evenly.
     """
     batch_rows = cfg.batch_tokens // cfg.context
     if batch_rows % size:
@@ -197,7 +198,7 @@ def autocast(world, dtype):
 
 
 def shard(model, mesh, dtype, reshard=True):
-    """Cut the model's weights over the mesh, in place (FSDP2).
+    """Shard the model over the mesh, in place (FSDP2).
 
     Each transformer block is a group that is gathered together, and the rest is another.
     dtype: of the gathered weights, so of activations. reshard: free a block's gathered weights
@@ -221,7 +222,7 @@ def my_rows(p):
     """
     if not isinstance(p, DTensor):
         return p, slice(0, p.shape[0])
-    split = [isinstance(placement, Shard) for placement in p.placements].index(True)
+    split = next(i for i, placement in enumerate(p.placements) if isinstance(placement, Shard))
     chunk = -(-p.shape[0] // p.device_mesh.size(split))
     start = min(p.device_mesh.get_local_rank(split) * chunk, p.shape[0])
     local = p.to_local()

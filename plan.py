@@ -403,7 +403,7 @@ def possible_changes(cfg, micro_batch):
 
 def sizes(cfg):
     """The run's ModelConfig: of the folder it starts from, if that is local, or of the settings."""
-    folder = {"scratch": "", "resume": cfg.out}.get(cfg.init_from, cfg.init_from)
+    folder = "" if cfg.init_from == "scratch" else cfg.init_from
     if folder and Path(folder).is_dir():
         names = (cfg.mask_token, cfg.bos_token)
         return huggingface.read_description(huggingface.find(folder), *names, objective="ar")[0]

@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from tqdm import tqdm
@@ -46,6 +47,7 @@ class Run:
         self.checkpoint = self.saved = None
         self.start = 0
         self.lock = self.metrics = None
+        self.begun_here = False  # whether this torchrun began the run: see take_lock
         self.track = ignore
         self.handlers = {}
         self.stop_signals = []
@@ -60,12 +62,13 @@ class Run:
         return self
 
     def find_checkpoint(self):
-        restarts, = self.world.sum(restarts_of_this_node())
+        [restarts] = self.world.sum(restarts_of_this_node())
         newest = self.world.first(self.newest_checkpoint)
+        begun_here = self.world.first(lambda: self.begun_here)
         if newest is None:
             return
         self.checkpoint = Path(newest)
-        if not self.resume and not restarts:
+        if not self.resume and not (restarts and begun_here):
             raise Mistake(f"{self.folder} already holds a run ({self.checkpoint.name}); "
                           "--resume=true continues it, --out=FOLDER starts another")
         self.saved = read_saved(self.checkpoint)
@@ -88,31 +91,50 @@ class Run:
         return None
 
     def take_lock(self):
-        """Two processes that write one run would destroy each other's files."""
+        """Two processes that write one run would destroy each other's files.
+
+        The first line of the lock's file names its holder. The second one names the torchrun that
+        began the run: after a restart, the same torchrun may continue it without --resume.
+        """
         if self.lock is not None or os.name != "posix":
             return
         import fcntl
-        self.lock = open(self.folder / "lock", "a+", encoding="utf-8", errors="replace")
+        path = self.folder / "lock"
+        if path.is_symlink() or path.exists() and not path.is_file():
+            raise Mistake(f"{path} is not the lock of a run: move it, or choose another --out")
+        self.lock = open(path, "a+", encoding="utf-8", errors="replace")
+        self.lock.seek(0)
+        text = self.lock.read(1000)
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.lock.seek(0)
-            holder = self.lock.read(200).strip() or "another process"
-            self.lock = self.lock.close()
+            self.lock.close()
+            self.lock = None
+            holder = text.partition("\n")[0][:200] or "another process"
             raise Mistake(f"{self.folder} is in use by {holder}; wait until it ends, or start "
                           "another run with --out=FOLDER") from None
         except OSError as error:  # a file system without locks
             print(f"{self.folder} cannot be locked ({error.strerror}): "
                   "make sure that no other process writes there", file=sys.stderr)
+        if text and not text.startswith("process "):
+            raise Mistake(f"{path} is not the lock of a run: move it, or choose another --out")
+        self.begun_here = this_launch() in text.splitlines()
+        self.write_lock()
+
+    def write_lock(self):
+        if self.lock is None:
+            return
         self.lock.truncate(0)
         self.lock.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+        if self.begun_here:
+            self.lock.write(this_launch() + "\n")
         self.lock.flush()
 
     def check_resumed(self, cfg, fixed, free, data):
-        """A resumed run must go on as the same run. Other settings may change, which is said.
+        """A resumed run must continue as the same run. Other settings may change; that is printed.
 
-        cfg: the settings now. fixed: names of those that must be as they were. free: names not
-        worth a word. data: loader.fingerprint of the data now.
+        cfg: the settings now. fixed: names of those that must not change. free: names of those that
+        may change silently. data: loader.fingerprint of the data now.
         """
         if self.saved is None:
             return
@@ -132,11 +154,11 @@ class Run:
             self.world.say(f"resuming with other settings: {', '.join(news)}")
 
     def begin(self, cfg):
-        """Make the folder, open the metrics, listen to signals: from here on, a stop saves first.
+        """Make the folder, open the metrics, and install the signal handlers.
 
-        Ctrl-C and SIGTERM end the run after the step in progress. Alone, a second Ctrl-C ends it at
-        once. Under torchrun signals come twice, from the terminal and from torchrun, which itself
-        waits only so long.
+        From here on SIGINT and SIGTERM save a checkpoint and end the run, after at most one more
+        step. In a single process a second signal ends it at once. Under torchrun signals come
+        twice, from the terminal and from torchrun, which itself waits only so long.
         """
         def ask_to_stop(number, frame):
             if self.stop_signals and self.world.size == 1:
@@ -149,11 +171,21 @@ class Run:
         path = self.folder / "metrics.jsonl" if self.world.rank == 0 else os.devnull
         self.metrics = open(path, "a", buffering=1, encoding="utf-8")  # line by line on the disk
         if self.world.rank == 0:
-            self.track = tracker(cfg.log, self.folder, asdict(cfg))
+            self.track = tracker(cfg.log, self.folder, self.start, asdict(cfg))
+
+    def exit_code(self):
+        """128 + the signal that ended the run; SIGTERM where only another process received it."""
+        number = self.stop_signals[0] if self.stop_signals else signal.SIGTERM
+        return 128 + number
 
     def make_folder(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.take_lock()
+        if self.checkpoint is None and self.newest_checkpoint() is not None:
+            raise Mistake(f"another process has just made a run in {self.folder}; "
+                          "--resume=true continues it, --out=FOLDER starts another")
+        self.begun_here = True
+        self.write_lock()
         for path in self.folder.iterdir():  # what a process left that was killed while writing it
             if re.fullmatch(r"\.(latest|metrics\.jsonl)\.[0-9]+\.tmp", path.name):
                 path.unlink()
@@ -221,6 +253,13 @@ class Run:
             raise Mistake(f"{error}; {checkpoint.last_good(self.folder)}") from error
 
 
+def this_launch():
+    """The torchrun that started this process, as the lock's second line names it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"begun by process {os.getpid()}"
+    return f"begun by torchrun {os.getppid()} of {socket.gethostname()}"
+
+
 def restarts_of_this_node():
     """How often torchrun restarted the job here: only the node that lost a process counts it.
 
@@ -238,9 +277,10 @@ def read_saved(folder):
         if not isinstance(saved.get(name), kind):
             raise Mistake(f"{folder} cannot be resumed: {path} has no {name}")
     machine = saved["machine"]
+    threads = machine.get("threads", 1)
     sound = {"step": type(saved["step"]) is int and saved["step"] >= 0,
              "dtype": machine.get("dtype", "float32") in ("float32", "bfloat16"),
-             "threads": type(machine.get("threads", 1)) is int and machine.get("threads", 1) > 0}
+             "threads": type(threads) is int and 1 <= threads <= 4096}
     for name, is_sound in sound.items():
         if not is_sound:
             raise Mistake(f"{folder} cannot be resumed: {path} is damaged, its {name} is not one "
@@ -249,9 +289,9 @@ def read_saved(folder):
 
 
 def cut_metrics(path, step):
-    """Drop the lines of metrics.jsonl from `step` on, which a resumed run writes again.
+    """Drop the lines of metrics.jsonl from `step` on: a resumed run computes these steps again.
 
-    What is not one of our lines goes too: a line that a kill cut short, for one.
+    What is not one of our lines goes too, such as a line that a kill cut short.
     """
     if not path.is_file():
         return
@@ -269,27 +309,31 @@ def cut_metrics(path, step):
 
 
 def ignore(values):
-    """Where metrics go when nobody asked for them elsewhere."""
+    """The tracker that does nothing."""
 
 
-def tracker(log, folder, settings):
+def tracker(log, folder, start, settings):
     """A function of a dict of metrics that shows them in TensorBoard or Weights & Biases.
 
-    log: 'none', 'tensorboard' or 'wandb'. Raises Mistake where its package is not installed.
+    log: 'none', 'tensorboard' or 'wandb'. start: the step to begin with. Raises Mistake where its
+    package is not installed.
     """
     if log == "none":
         return ignore
     try:
         if log == "wandb":
             import wandb
+            identity = folder / "wandb_id"  # two runs may have folders of the same name
+            if not identity.exists():
+                files.write_text(identity, uuid4().hex)
             shown = wandb.init(project="nanoDiffCoder", name=folder.name, dir=folder,
-                               config=settings, id=folder.name, resume="allow")
+                               config=settings, id=identity.read_text(), resume="allow")
             return lambda values: shown.log(values, step=values["step"])
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise Mistake(f"log={log!r} needs a package that is not installed: "
                       f"pip install {log}") from error
-    writer = SummaryWriter(folder)
+    writer = SummaryWriter(folder, purge_step=start)
 
     def write(values):
         for name, value in values.items():
@@ -299,8 +343,8 @@ def tracker(log, folder, settings):
 
 
 def pick_machine(cfg, world, saved):
-    """What decides the bits, dtype and threads: as asked for, else as the resumed run had it, else
-    as the hardware suggests. Sets the threads, and keeps freed memory.
+    """Choose dtype and threads, which affect rounding: from the settings, else from the resumed
+    checkpoint, else what suits the hardware. Sets the threads, and keeps freed memory.
 
     saved: see Run.saved. Returns a dict of JSON values.
     """
@@ -326,7 +370,7 @@ def pick_machine(cfg, world, saved):
 
 
 def keep_freed_memory():
-    """Ask glibc to keep large buffers: getting them anew took a quarter of a CPU step's time."""
+    """Ask glibc to keep large buffers: reallocating them took a quarter of a CPU step's time."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

@@ -44,10 +44,10 @@ class Config:
     max_new_tokens: Int(1, 2**20) = 128  # longest completion, in tokens
     steps: Int(0, 2**20) = 0  # forwards per block, each unmasking an equal share; 0: one per token
     temperature: Float(0, 100) = 0.0  # 0: the most likely token; else softmax(logits / temperature)
-    cache: bool = True  # False: every forward sees the whole text again, for the same logits
+    cache: bool = True  # (ar, block) False: every forward reads the whole text, for the same logits
     seed: Seed = 1337  # of the sampling
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first that is available
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on GPUs
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where a GPU has it
 
 
 class Draft:
@@ -203,6 +203,8 @@ def prompt_ids(cfg, tok, model):
         ids = tok.encode(cfg.prompt)
         if tok.bos_id is not None:
             ids = [tok.bos_id, *ids]
+    if not ids:
+        raise Mistake("the prompt has no tokens: write another one")
     if len(ids) >= model.cfg.context:
         raise Mistake(f"the prompt has {len(ids)} tokens, the model's context only "
                       f"{model.cfg.context}: shorten it")

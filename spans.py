@@ -136,8 +136,8 @@ class Spans:
     def tiles(self):
         """What PyTorch attention visits: a list of (queries, clean keys, noisy keys, mask).
 
-        The first three are slices: of the sequence, and of each half of the keys as far as any
-        query of the tile sees in any row. mask is (B, 1, queries, keys) bool, clean keys first, or
+        The first three are slices: of the queries, and of the keys in each half that any of these
+        queries sees in any row. mask is (B, 1, queries, keys) bool, clean keys first, or
         None where all of them are seen. Tiles of noisy queries come first, as in [xt ; x0].
         """
         if self.noisy:

@@ -36,9 +36,9 @@ fi
 marks="not slow"
 [ "${1:-}" != all ] || marks="slow or not slow"
 failed=0
-# whole files that share expensive fixtures stay on one worker: see xdist_group in tests/
-"$PY" -m pytest -q -p no:logging -n auto --dist=loadgroup -m "$marks" --durations=15 \
-    tests || failed=1
+# A file stays on one worker, with its expensive fixtures; the longest one starts first.
+"$PY" -m pytest -q -p no:logging -n auto --dist=loadfile --no-loadscope-reorder -m "$marks" \
+    --durations=15 tests/test_parallel.py tests || failed=1
 
 if [ -n "$kernel" ]; then
     wait "$kernel" || failed=1

@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from configurator import Mistake, shortened
 from files import write_json, write_text
 
-SPECIALS = ("<bos>", "<eos>", "<mask>", "<pad>")
+SPECIALS = ("<bos>", "<eos>", "<mask>", "<pad>")  # our names, by id
 KEYS = ("bos_token", "eos_token", "pad_token", "mask_token")  # of tokenizer_config.json
 MAX_IDS = 2**24  # ids in a vocabulary: the largest published ones have about 2^18
 
@@ -126,9 +126,8 @@ class Tokenizer:
     vocab_size: int, the highest id + 1.
     special_ids: {name: id} of the tokens that are never read from a text.
     bos_id, eos_id, mask_id, pad_id: int, or None where there is none. bos_id begins a document: it
-    is None too if tokenizer_config.json has `add_bos_token: false`. That Llama 3's post-processor
-    puts bos before every text says the same in another way; it is never run: whoever writes
-    documents and prompts puts bos_id there.
+    is None too if tokenizer_config.json has `add_bos_token: false`. The tokenizer's post-processor
+    (Llama 3's adds bos) is never run: callers prepend bos_id themselves.
     token_bytes: (vocab_size,) int64 numpy, bytes of text that each id stands for; 0 for specials
     and unused ids.
     """
@@ -146,11 +145,7 @@ class Tokenizer:
         self.json = json_text
         self.jinja = chat_template
         self.config = dict(config or {})
-        try:
-            self.hf = tokenizers.Tokenizer.from_str(json_text)
-        except Exception as error:  # the library raises bare Exception
-            raise Mistake(f"{folder}/tokenizer.json is not a readable tokenizer.json: "
-                          f"{error}") from error
+        self.hf = self.call(tokenizers.Tokenizer.from_str, json_text)
         check_ids(self.hf, folder)
         self.set_specials(bos_token, mask_token, model_config or {})
         self.hf.no_truncation()  # some published files cut every text, or pad it
@@ -161,6 +156,16 @@ class Tokenizer:
         self.bytes = self.bytes_by_id()
         self.vocab_size = len(self.bytes)
         self.token_bytes = np.array([len(b) for b in self.bytes], dtype=np.int64)
+
+    def call(self, function, *args, **kwargs):
+        """Call the library, which may raise bare exceptions and panics over a folder's file."""
+        try:
+            return function(*args, **kwargs)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:
+            raise Mistake(f"{self.folder}/tokenizer.json is not a readable tokenizer.json: "
+                          f"{error}") from error
 
     def set_specials(self, bos_token, mask_token, model_config):
         """Set the special tokens' ids; add missing tokens, to what `save` writes too."""
@@ -173,8 +178,13 @@ class Tokenizer:
         if bos_token:
             names["bos_token"] = bos_token
         if mask_token:
-            self.check_mask(mask_token, names)
             names["mask_token"] = mask_token
+            why = self.why_no_mask(mask_token, names)
+            if why:
+                raise Mistake(f"mask_token={mask_token!r} is {why} of {self.folder}: name a token "
+                              "of its own; a new name, such as '<|mask|>', is added")
+        elif self.why_no_mask(names["mask_token"], names):
+            names["mask_token"] = None  # as if the folder named none
         for name in names.values():
             if name:
                 self.add_special(name)
@@ -189,16 +199,18 @@ class Tokenizer:
         if self.config.get("add_bos_token") is False:
             self.bos_id = None
 
-    def check_mask(self, name, names):
-        """A mask hides what stood there: it must not be a token that texts and documents hold."""
+    def why_no_mask(self, name, names):
+        """Why a token cannot be the mask, in words, or None.
+
+        A mask hides what stood there: it must not be a token that texts and documents hold.
+        """
         for key in ("bos_token", "eos_token", "pad_token"):
-            if name == names[key]:
-                raise Mistake(f"mask_token={name!r} is the {key} of {self.folder}: name a token of "
-                              "its own; a new name, such as '<|mask|>', is added")
+            if name is not None and name == names[key]:
+                return f"the {key}"
         added = {token.content for token in self.hf.get_added_tokens_decoder().values()}
-        if name not in added and self.hf.token_to_id(name) is not None:
-            raise Mistake(f"mask_token={name!r} is an ordinary token of {self.folder}, which texts "
-                          "hold: name a special token; a new name, such as '<|mask|>', is added")
+        if name and name not in added and self.hf.token_to_id(name) is not None:
+            return "an ordinary token"
+        return None
 
     def add_special(self, name):
         """Make `name` a special token: the one of that name, or else the next free id."""
@@ -225,7 +237,7 @@ class Tokenizer:
             elif self.byte_level and alphabet.keys() >= set(token):
                 texts[i] = bytes(alphabet[c] for c in token)
             else:
-                texts[i] = self.hf.decode([i]).encode()
+                texts[i] = self.call(self.hf.decode, [i]).encode()
         return texts
 
     def bytes_of(self, i):
@@ -242,7 +254,7 @@ class Tokenizer:
         check_unicode(text)
         if self.tik and not has_long_blank(text):
             return self.tik.encode_ordinary(text)
-        return self.hf.encode(text, add_special_tokens=False).ids
+        return self.call(self.hf.encode, text, add_special_tokens=False).ids
 
     def encode_batch(self, texts):
         """list of str -> list of lists of int, on all cores. See `encode`."""
@@ -252,7 +264,7 @@ class Tokenizer:
             return self.tik.encode_ordinary_batch(texts)
         if self.tik:
             return [self.encode(text) for text in texts]
-        return [e.ids for e in self.hf.encode_batch(texts, add_special_tokens=False)]
+        return [e.ids for e in self.call(self.hf.encode_batch, texts, add_special_tokens=False)]
 
     def decode(self, ids):
         """ids -> str: what `encode` read, normalized (Qwen: NFC); specials are left out.
@@ -262,7 +274,7 @@ class Tokenizer:
         if self.byte_level:
             text = b"".join(self.bytes_of(int(i)) for i in ids)
             return text.decode("utf-8", errors="replace")
-        return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.call(self.hf.decode, [int(i) for i in ids], skip_special_tokens=True)
 
     def chat(self, messages, add_generation_prompt=True):
         """Messages -> list of int, as the chat template writes them, special tokens included.
@@ -292,9 +304,10 @@ class Tokenizer:
             raise Mistake(f"the chat template in {self.folder} refuses these messages: "
                           f"{error}") from error
         self.hf.encode_special_tokens = False
-        ids = self.hf.encode(text, add_special_tokens=False).ids
-        self.hf.encode_special_tokens = True
-        return ids
+        try:
+            return self.call(self.hf.encode, text, add_special_tokens=False).ids
+        finally:
+            self.hf.encode_special_tokens = True
 
     def save(self, folder):
         """Write tokenizer.json, tokenizer_config.json and any chat_template.jinja.
@@ -309,6 +322,11 @@ class Tokenizer:
             (folder / "chat_template.jinja").unlink(missing_ok=True)  # another tokenizer's
         else:
             write_text(folder / "chat_template.jinja", self.jinja)
+
+
+def dtype_for(vocab_size):
+    """The type of token ids in a data folder's .bin files."""
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def check_ids(hf, folder):
@@ -348,6 +366,8 @@ def as_tiktoken(hf):
     model = spec["model"]
     if model["type"] != "BPE" or model.get("dropout") or model.get("ignore_merges"):
         return None
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        return None
     if spec["normalizer"]:
         return None
     if spec["pre_tokenizer"] != json.loads(cut_at(SPLIT).__getstate__()):
@@ -367,7 +387,7 @@ def as_tiktoken(hf):
     if any(len(bpe.tokenize(token)) != 1 for token in plain):
         return None  # a token that other merges would take apart
     ranks = {bytes(alphabet[c] for c in token): i for token, i in plain.items()}
-    if len(ranks) != 256 + len(merges):
+    if len(ranks) != 256 + len(merges) or not all(bytes([b]) in ranks for b in range(256)):
         return None
     return tiktoken.Encoding("tokenizer.json", pat_str=SPLIT, mergeable_ranks=ranks,
                              special_tokens={})
@@ -376,7 +396,7 @@ def as_tiktoken(hf):
 # --- chat templates: other people's programs ------------------------------------------------------
 
 TEMPLATE_SECONDS = 20  # for one chat, Python's and jinja2's start included
-TEMPLATE_MEMORY = 2**31  # bytes of address space, where the system can limit it
+TEMPLATE_LIMITS = 2**31, 10**6  # bytes of address space, where the system can limit it; characters
 
 
 def render(template, values):
@@ -398,6 +418,10 @@ def render(template, values):
             answer = process.stdout.readline()
         except BrokenPipeError:
             answer = ""
+        except BaseException:  # Ctrl-C: the answer to come must not be taken for the next chat's
+            process.kill()
+            process.wait()
+            raise
         finally:
             timer.cancel()
             timer.join()
@@ -419,7 +443,7 @@ def worker_process():
     """This process's renderer, started where there is none."""
     process = workers.get(os.getpid())
     if process is None or process.poll() is not None:
-        source = inspect.getsource(answer_requests) + f"answer_requests({TEMPLATE_MEMORY})"
+        source = inspect.getsource(answer_requests) + f"answer_requests{TEMPLATE_LIMITS}"
         process = subprocess.Popen(
             [sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, encoding="utf-8", cwd=Path(__file__).parent,
@@ -428,7 +452,7 @@ def worker_process():
     return process
 
 
-def answer_requests(memory):
+def answer_requests(memory, characters):
     """The worker's program: read [template, values] a line, write [text, error] a line."""
     import json
     import sys
@@ -456,7 +480,10 @@ def answer_requests(memory):
     for line in sys.stdin:
         try:
             template, values = json.loads(line)
-            answer = [compiled(template).render(**values), None]
+            text = compiled(template).render(**values)
+            answer = [text, None]
+            if len(text) > characters:
+                answer = [None, f"it writes {len(text):,} characters, more than {characters:,}"]
         except MemoryError:
             answer = [None, f"it needs more than {memory:,} bytes of memory"]
         except Exception as error:  # whatever the template's own code runs into

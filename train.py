@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
     from configurator import begin
     begin()
 
-import signal
 import sys
 import time
 from dataclasses import dataclass, fields
@@ -101,7 +100,7 @@ class Config:
     recompute: Literal["none", "selective", "full"] = "none"  # activations, to save memory
     shard_ranks: Int(0, 2**20) = 0  # processes that share a copy of the weights; 0: all; else HSDP
     reshard: bool = True  # free a block's gathered weights after its forward; False: keep them
-    reduce_each: bool = False  # exchange gradients after each micro-batch: traffic for memory
+    reduce_each: bool = False  # exchange gradients per micro-batch: less memory, more traffic
     peak_tflops: Float(0, 1e6) = 0.0  # of one device, for the MFU; 0: looked up by its name
     # planning
     dry_run: bool = False  # print what the run would take (plan.py) and do nothing
@@ -110,7 +109,7 @@ class Config:
     mfu: Float(1e-6, 1) = 0.4  # dry_run: share of the device's peak FLOPs that the run reaches
 
 
-# of a resumed run: what must stay, and what may change without a word
+# on resume: settings that must not change, and settings that may change silently
 FIXED = ("objective", "shift", "block_size", "schedule", "seed", "context", "batch_tokens",
          "cross_document")
 FREE = ("init_from", "resume", "out", "data", "threads", "dtype", "device")
@@ -122,10 +121,13 @@ def check(cfg):
         near = max(1, round(cfg.batch_tokens / cfg.context)) * cfg.context
         raise Mistake(f"batch_tokens={cfg.batch_tokens} must be a multiple of "
                       f"context={cfg.context}, such as {near}")
+    if cfg.min_lr > cfg.lr:
+        raise Mistake(f"min_lr={cfg.min_lr:g} is above lr={cfg.lr:g}, so the learning rate would "
+                      f"rise at the end; give --min_lr={cfg.lr / 10:g} or another below lr")
 
 
 def model_and_tokenizer(cfg, given, folder):
-    """What the model will be: (ModelConfig, Tokenizer). folder: of its weights; None: new ones."""
+    """The model's config and tokenizer: of `folder`, or of the settings where that is None."""
     data = huggingface.load_tokenizer(cfg.data)
     if folder is None:
         tok = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token)
@@ -139,6 +141,7 @@ def model_and_tokenizer(cfg, given, folder):
         model_cfg, tok, _ = huggingface.read_description(folder, cfg.mask_token, cfg.bos_token,
                                                          objective="ar")
         check_fits(cfg, given, folder, model_cfg)
+        huggingface.check_weights(folder, model_cfg)  # before memory is allocated for them
         vocabulary = tok.hf.get_vocab()  # it may have a <mask> that the data's has not
         if not data.hf.get_vocab().items() <= vocabulary.items():
             raise Mistake(f"{cfg.data} was prepared with another tokenizer than the one in "
@@ -152,8 +155,11 @@ def model_and_tokenizer(cfg, given, folder):
 
 def check_fits(cfg, given, folder, model_cfg):
     """The model of a folder has the sizes that were asked for, and room for the context."""
-    for name in given & {f.name for f in fields(ModelConfig)} - {"context"}:
-        if getattr(cfg, name) not in (0, getattr(model_cfg, name)):
+    sizes = given & {f.name for f in fields(ModelConfig)} - {"context"}
+    if cfg.vocab_size == 0:  # the folder's own
+        sizes -= {"vocab_size"}
+    for name in sizes:
+        if getattr(cfg, name) != getattr(model_cfg, name):
             raise Mistake(f"{name}={getattr(cfg, name)} was asked for, but the model in {folder} "
                           f"has {getattr(model_cfg, name)}")
     if cfg.context > model_cfg.context:
@@ -233,17 +239,17 @@ def train(cfg, given, world, run):
             batch, pairs = next(batches)
             waited = time.time() - began
 
-            # of the global batch: neither accumulation nor the number of processes changes anything
-            scored, masked, pairs, stop = world.sum(
+            # of the global batch: accumulation and the world size do not change the loss
+            maskable, masked, pairs, stop = world.sum(
                 batch.maskable.sum(), batch.masked.sum(), pairs, bool(run.stop_signals))
             loss = torch.zeros((), device=world.device)
             for start, end in parallel.micro_batches(model, world, len(rows), cfg):
                 with autocast():
                     micro_batch = batch.rows(start, end, world.device)
-                    part = weighted_loss(model, micro_batch, recipe, step) / scored
+                    part = weighted_loss(model, micro_batch, recipe, step) / maskable
                 (part * world.size).backward()  # FSDP averages over processes, the loss is a sum
                 loss += part.detach()
-            loss, = world.sum(loss.item())
+            [loss] = world.sum(loss.item())
             lr = parallel.learning_rate(step, cfg)
             grad_norm = parallel.update(model, optimizer, step, loss, lr, cfg.grad_clip)
 
@@ -255,7 +261,7 @@ def train(cfg, given, world, run):
                 mfu = flops / seconds / (peak_flops * world.size)
             tokens_per_s = cfg.batch_tokens / seconds
             run.log({"step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr,
-                     "u_max": u_max(step, recipe), "mask_rate": masked / scored,
+                     "u_max": u_max(step, recipe), "mask_rate": masked / maskable,
                      "tokens": (step + 1) * cfg.batch_tokens, "tokens_per_s": tokens_per_s,
                      "seconds": seconds, "loader_seconds": waited,
                      "memory_gb": plan.peak_memory(world.device) / 1e9, "mfu": mfu})
@@ -266,15 +272,14 @@ def train(cfg, given, world, run):
             bar.set_postfix_str(shown, refresh=False)
 
             done = step + 1 == cfg.max_steps
-            if done and cfg.eval_every:  # before the last save: a run that has that is complete
+            if done and cfg.eval_every:  # before the last save: whoever has that has the scores too
                 run.evaluate(cfg.max_steps, model, score)
             if done or stop or (step + 1) % cfg.save_every == 0:
                 run.save(step + 1, model, optimizer, tok, recipe, cfg, machine, fingerprint)
             if stop:
                 world.say(f"stopped after step {step + 1}; the same command with --resume=true "
                           "continues")
-                # a process may know of the signal from the others alone
-                return 128 + (run.stop_signals or [signal.SIGTERM])[0]
+                return run.exit_code()
     return 0
 
 

@@ -4,8 +4,8 @@
     python huggingface.py verify apple/DiffuCoder-7B-Base --trust_remote_code=true
 
 A folder that brings code of its own is only run when asked to. Other people's code fails in many
-ways, most often because it was written for another version of transformers: whatever it raises
-becomes one line that says which version to try.
+ways, most often because it was written for another version of transformers: any exception is
+reported in one line, with the version to try.
 
 Not covered: caches, generation, anything but one forward pass.
 """
@@ -72,7 +72,8 @@ def verify(cfg, model, tok, recipe):
     doc_start = torch.zeros(tokens.shape, dtype=torch.int32)
     spans = Spans.of(doc_start, doc_start + cfg.tokens, recipe.attention_block)
     ours = model.logits(model(tokens, spans))  # (2, T, vocab)
-    theirs, name, version = their_logits(cfg, folder, hf, tokens, spans.dense_mask())
+    theirs, name, version = their_logits(cfg, folder, hf, tokens, spans.dense_mask(),
+                                         model.cfg.vocab_size)
 
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
@@ -87,7 +88,7 @@ def verify(cfg, model, tok, recipe):
     return False
 
 
-def their_logits(cfg, folder, hf, tokens, sees):
+def their_logits(cfg, folder, hf, tokens, sees, vocab_size):
     """The folder's logits for tokens (B, T) as transformers computes them.
 
     sees: (B, T, T) bool, who attends to whom.
@@ -106,7 +107,7 @@ def their_logits(cfg, folder, hf, tokens, sees):
             version += ", which tied its head to its embedding and was given the file's"
         output = theirs(tokens, use_cache=False, **their_mask(hf, sees, theirs.dtype))
         logits = (output[0] if isinstance(output, tuple) else output.logits).float()
-        if logits.shape[:2] != tokens.shape:
+        if logits.shape != (*tokens.shape, vocab_size):
             raise ValueError(f"its logits have shape {tuple(logits.shape)}")
     except Exception as error:  # code of other people's: anything can be raised
         if out_of_memory(type(error), error):

@@ -36,9 +36,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from tqdm import tqdm
 
 from attention_kernel import attention
-from bench.kernel_resources import check_out
 from configurator import Int, Mistake, configure
-from files import write_text
+from files import check_out, write_text
 from spans import Spans
 
 matplotlib.use("Agg")
@@ -61,7 +60,7 @@ class Config:
     dense_up_to: Int(0, 2**20) = 8192  # largest T for the dense mask, of 4T² bytes per row
     packings: Int(1, 1000) = 8  # different packings that the changing case walks through
     smoke: bool = False  # tiny sizes, also without a GPU: shows that it runs, not how fast
-    out: str = ""  # where the table goes; empty: bench/results/attention_<device>.md
+    out: str = ""  # where the table goes; empty: bench/results/, or nowhere under smoke
 
 
 def settings(argv):
@@ -84,10 +83,11 @@ def settings(argv):
             raise Mistake(f"{name} is empty; it is a list of ints, such as (4,)")
     if cfg.heads % cfg.kv_heads:
         raise Mistake(f"kv_heads={cfg.kv_heads} must divide heads={cfg.heads}")
-    device_name = torch.cuda.get_device_name() if CUDA else "cpu"
-    file_name = f"attention_{device_name.lower().replace(' ', '_')}.md"
-    cfg.out = cfg.out or f"bench/results/{file_name}"
-    check_out(cfg.out)
+    if not cfg.out and not cfg.smoke:
+        device_name = torch.cuda.get_device_name().lower().replace(" ", "_")
+        cfg.out = f"bench/results/attention_{device_name}.md"
+    if cfg.out:
+        check_out(cfg.out)
     return cfg
 
 
@@ -166,6 +166,7 @@ def measure(name, function, qkv, g, pairs, cfg):
     def both():
         torch.autograd.grad(function(*leaves), leaves, g)
 
+    both()  # a kernel may tune itself at first, which takes memory
     with torch.no_grad():
         forward = milliseconds(lambda: function(*qkv), cfg.repeats)
     if CUDA:
@@ -182,7 +183,7 @@ def measure(name, function, qkv, g, pairs, cfg):
 
 
 def try_measure(name, *arguments):
-    """[the row of `measure`], or [] where a rival does not take these inputs or lacks memory."""
+    """[the row of `measure`], or [] where these inputs do not work or memory is lacking."""
     try:
         return [measure(name, *arguments)]
     except RuntimeError as error:  # so are torch's out-of-memory and not-implemented errors
@@ -223,11 +224,11 @@ def fixed_rows(T, K, packed, flex, cfg):
     def ours(q, k, v):
         return attention(q, k, v, spans)
 
-    rows = [measure("this kernel", ours, qkv, g, spans.pairs, cfg)]
+    rows = try_measure("this kernel", ours, qkv, g, spans.pairs, cfg)
     half_pairs = spans.pairs // 2  # a noisy query sees as many keys as its clean twin
     q, k, v = qkv
     xt_alone, g_of_xt = (q[:, :, :T], k, v), g[:, :, :T]
-    rows.append(measure("this kernel, queries of xt", ours, xt_alone, g_of_xt, half_pairs, cfg))
+    rows += try_measure("this kernel, queries of xt", ours, xt_alone, g_of_xt, half_pairs, cfg)
     mask = flex_mask(spans)
 
     def flexible(q, k, v):
@@ -264,7 +265,7 @@ def changing_rows(T, K, flex, cfg):
     def flexible(q, k, v):
         return flex(q, k, v, block_mask=flex_mask(next_spans()), enable_gqa=True)
 
-    rows = [measure("this kernel", ours, qkv, g, pairs, cfg)]
+    rows = try_measure("this kernel", ours, qkv, g, pairs, cfg)
     return rows + try_measure("flex-attention and its mask", flexible, qkv, g, pairs, cfg)
 
 
@@ -357,10 +358,11 @@ def main(argv=None):
     results = measure_all(cfg)
     text = report(results, peak, cfg, sys.argv[1:] if argv is None else argv)
     print(text)
-    plot = Path(cfg.out).with_suffix(".png")
-    write_text(cfg.out, text)
-    draw(results, peak, plot)
-    print(f"written to {cfg.out} and {plot}")
+    if cfg.out:
+        plot = Path(cfg.out).with_suffix(".png")
+        write_text(cfg.out, text)
+        draw(results, peak, plot)
+        print(f"written to {cfg.out} and {plot}")
 
 
 if __name__ == "__main__":

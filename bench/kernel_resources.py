@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
     from configurator import begin
     begin()
 
-import os
 import platform
 import re
 import subprocess
@@ -35,7 +34,7 @@ except ImportError:
 
 import attention_kernel
 from configurator import Int, Mistake, Name, configure
-from files import write_text
+from files import check_out, write_text
 
 KERNELS = {"forward": "forward_kernel", "dQ": "dq_kernel", "dK, dV": "dkdv_kernel"}
 NUMBERS = ("H", "GROUP", "T", "BUCKET", "scale")  # arguments in capitals are tensors, but for these
@@ -127,13 +126,6 @@ def main(argv=None):
     text = "\n".join(lines) + "\n"
     print(text)
     write_text(cfg.out, text)
-
-
-def check_out(path):
-    """Before minutes of work: can the file be written? Raises Mistake."""
-    folder = Path(path).parent
-    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise Mistake(f"out={path} cannot be written: it must be a file in a folder that exists")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tokens per second of a training step on the CPU: two attentions, with and without the saving.
+"""Tokens per second of a training step on the CPU: tiles or a dense mask, and a saving.
 
     python -m bench.train_cpu        # prints tables and writes bench/results/train_cpu.md
 
@@ -19,7 +19,6 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -31,7 +30,7 @@ import model as model_file
 from attention_kernel import tiled_attention
 from configurator import Int, Mistake, Name, configure
 from diffusion import Draw, Recipe, corrupt, weighted_loss
-from files import write_text
+from files import check_out, write_text
 from loader import Batch
 from model import ModelConfig, Transformer, fast_dtype
 
@@ -174,8 +173,7 @@ def main(argv=None):
     if cfg.tokens % max(LENGTHS):
         raise Mistake(f"tokens={cfg.tokens} must be a multiple of {max(LENGTHS)}, such as "
                       f"{-(-cfg.tokens // max(LENGTHS)) * max(LENGTHS)}")
-    if not Path(cfg.out).parent.is_dir():
-        raise Mistake(f"out={cfg.out}: there is no folder {Path(cfg.out).parent}; make it first")
+    check_out(cfg.out)
     bf16 = (fast_dtype("cpu") if cfg.dtype == "auto" else cfg.dtype) == "bfloat16"
     results = {T: [] for T in LENGTHS}
     for repeat in range(cfg.repeats):

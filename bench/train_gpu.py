@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import Int, Mistake, Name, configure
-from files import write_text
+from files import check_out, write_text
 from huggingface import load_tokenizer
 from loader import Windows
 
@@ -170,8 +170,7 @@ def main(argv=None):
     name = torch.cuda.get_device_name() if has_gpu else platform.machine()
     title = re.sub(r"[^a-z0-9]+", "_", name.lower())
     path = Path(cfg.out or f"bench/results/train_{title}.md")
-    if not path.parent.is_dir():
-        raise Mistake(f"out={path}: there is no folder {path.parent}; make it first")
+    check_out(path)
     words = sys.argv[1:] if argv is None else argv
     lines = heading(cfg, name, words)
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import Int, Mistake, Name, configure
-from files import read_json, read_text, write_text
+from files import check_out, read_json, read_text, write_text
 
 # name -> (processes, threads of each)
 VARIANTS = {"1 process, 1 thread": (1, 1),
@@ -113,8 +113,7 @@ def heading(cfg, machine, words):
 
 def main(argv=None):
     cfg, _ = configure(Config, argv)
-    if not Path(cfg.out).parent.is_dir():
-        raise Mistake(f"out={cfg.out}: there is no folder {Path(cfg.out).parent}; make it first")
+    check_out(cfg.out)
     measured = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as folder:
         for i in tqdm(range(cfg.rounds)):

@@ -3,10 +3,11 @@
     torchrun --nproc_per_node=8 train.py config/coda_1p7b.py
     torchrun --nproc_per_node=8 train.py config/coda_1p7b_mid.py   # then mid-training
 
-From the paper: 179B tokens of seven sources (data/stack/coda.json), batch 512 x 8192, 50,000 steps,
-Adafactor with a linear schedule and a peak of 3e-4, no annealing of the attention. The paper draws
-its masking strategies per *batch*: S1 (an unmaskable prefix) or S2 (a truncated suffix) is applied
-with probability 0.01, and S3 (spans) to the batch with probability 0.01.
+From the paper: 179B tokens of seven sources (data/stack/coda.json), batch 512 x 8192, 50,000 steps
+(210B tokens: the data is read 1.17 times), Adafactor with a linear schedule and a peak of 3e-4, no
+annealing of the attention. The paper draws its masking strategies per *batch*: S1 (an unmaskable
+prefix) or S2 (a truncated suffix) is applied with probability 0.01, and S3 (spans) to the batch
+with probability 0.01.
 
 From the released code: S1 and S2 are drawn per *row*, as here. It trains differently from the paper
 in other ways, which this file does not follow: 2,000 steps of warmup, a cosine, 210,000 steps. It

@@ -56,6 +56,31 @@ def compare(spans, n_kv_head, group, tile=spans_file.TILE, head_dim=8, floor=0.0
 
 # --- attention ------------------------------------------------------------------------------------
 
+def test_any_memory_layout_of_sdpas_result_will_do(monkeypatch):
+    """CUDA's memory-efficient backend returns (B, S, H, D) transposed."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def transposed(*args, **kwargs):
+        return sdpa(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", transposed)
+    compare(Spans.of(*packed([20]), 4, noisy=True), n_kv_head=2, group=3)
+
+
+def test_sequences_beyond_32_bit_offsets_take_the_tiles(monkeypatch):
+    taken = []
+    monkeypatch.setattr(attention_kernel, "why_tiled", lambda *_: None)
+    monkeypatch.setattr(attention_kernel, "tiled_attention", lambda *_: taken.append("tiles"))
+    monkeypatch.setattr(attention_kernel, "kernel_forward",
+                        lambda *_: taken.append("kernel") or [0])
+    for T, heads in ((2**18 - 1, 8), (2**18, 8), (2**18 - 1, 64), (2**18, 64), (2**17 - 1, 64)):
+        bounds = torch.zeros(1, T, dtype=torch.int32, device="meta")
+        spans = Spans(bounds, bounds, bounds, bounds, noisy=True)
+        q = torch.empty(1, heads, T, 128, device="meta")
+        k = torch.empty(1, 8, 2 * T, 128, device="meta")
+        attention(q, k, k, spans)
+    assert taken == ["kernel", "tiles", "tiles", "tiles", "kernel"]
+
 group_sizes = st.integers(1, 8)
 tile_sizes = st.sampled_from([1, 2, 3, 5, 8, 64])
 block_sizes = st.sampled_from([1, 2, 3, 4, 40, None])

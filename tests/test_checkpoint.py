@@ -1,6 +1,7 @@
 """Checkpoints: what is written comes back, only complete ones are ever seen, old ones go."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -126,15 +127,6 @@ def test_weights_of_another_shape_are_refused(data_folder, tmp_path):
         huggingface.load(folder)
 
 
-def test_metrics_are_cut_back_to_the_step_and_a_half_written_line_goes(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": s, "loss": 1.0}) for s in range(6)]
-    path.write_text("\n".join(lines) + '\n{"step": 2, "lo')
-    checkpoint.cut_metrics(path, 4)
-    assert path.read_text().splitlines() == lines[:4]
-    checkpoint.cut_metrics(tmp_path / "none.jsonl", 4)  # a run that never wrote any
-
-
 # --- pruning removes what `save` made, and nothing else -------------------------------------------
 
 
@@ -246,13 +238,16 @@ def saved(tok, tmp_path):
     return tmp_path / "run", model, torch.optim.AdamW(model.parameters())
 
 
+NAME = "step_0000001"
+
+
 def state_of(run):
-    return run / "step_0000001" / "state" / "optimizer"
+    return run / NAME / "state" / "optimizer"
 
 
 def test_state_comes_back(saved):
     run, model, optimizer = saved
-    assert checkpoint.load_state(run, model, optimizer) == {"step": 1, "config": {}}
+    checkpoint.load_state(run / NAME, model, optimizer)
     state = optimizer.state[model.embed_tokens.weight]
     assert state["step"] == 1 and torch.allclose(state["exp_avg"], torch.tensor(0.1))
 
@@ -261,7 +256,7 @@ def test_a_hostile_table_of_contents_runs_no_code(saved, tmp_path):
     run, model, optimizer = saved
     (state_of(run) / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     with pytest.raises(Mistake, match="is damaged .*mkdir, which no checkpoint needs"):
-        checkpoint.load_state(run, model, optimizer)
+        checkpoint.load_state(run / NAME, model, optimizer)
     assert not (tmp_path / "ran").exists()
 
 
@@ -272,7 +267,7 @@ def test_hostile_values_run_no_code(saved, tmp_path):
     state["param_groups.norm.weight.lr"] = Evil(tmp_path / "ran")
     dcp.save(state, checkpoint_id=str(state_of(run)), no_dist=True)
     with pytest.raises(Mistake, match="is damaged"):
-        checkpoint.load_state(run, model, optimizer)
+        checkpoint.load_state(run / NAME, model, optimizer)
     assert not (tmp_path / "ran").exists()
 
 
@@ -281,7 +276,7 @@ def test_a_hostile_tensor_runs_no_code(saved, tmp_path):
     for path in state_of(run).glob("*.distcp"):
         path.write_bytes(pickle.dumps(Evil(tmp_path / "ran")) * 1000)
     with pytest.raises(Mistake, match="is damaged"):
-        checkpoint.load_state(run, model, optimizer)
+        checkpoint.load_state(run / NAME, model, optimizer)
     assert not (tmp_path / "ran").exists()
 
 
@@ -294,7 +289,7 @@ def test_a_table_of_contents_cannot_point_out_of_its_folder(saved, name):
         place.relative_path = name
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(Mistake, match="names a file outside of its folder"):
-        checkpoint.load_state(run, model, optimizer)
+        checkpoint.load_state(run / NAME, model, optimizer)
 
 
 @settings(deadline=None, max_examples=15, derandomize=True)
@@ -310,16 +305,69 @@ def test_a_damaged_state_is_one_line(tmp_path_factory, data_folder, junk, share)
     for damaged in (content[:place], content[:place] + junk + content[place + len(junk) :]):
         path.write_bytes(damaged)
         try:
-            checkpoint.load_state(tmp / "run", model, optimizer)
+            checkpoint.load_state(tmp / "run" / NAME, model, optimizer)
         except Mistake as error:
             assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize(
-    "text", ["{}", '{"step": "1"}', '{"step": -1}', "[]", "{", '{"step": true}']
-)
-def test_a_train_json_that_does_not_say_the_step_is_refused(saved, text):
+def test_a_hostile_table_of_contents_cannot_change_a_class(saved):
     run, model, optimizer = saved
-    (run / "step_0000001" / "state" / "train.json").write_text(text)
-    with pytest.raises(Mistake, match="train.json"):
-        checkpoint.load_state(run, model, optimizer)
+    # the class Path, then (None, {"evil": 1}), then BUILD, which sets attributes
+    change = b"\x80\x02cpathlib\nPath\nN}X\x04\x00\x00\x00evilK\x01s\x86b."
+    with pytest.raises(pickle.UnpicklingError, match="it would change Path"):
+        checkpoint.Unpickler(io.BytesIO(change)).load()
+    (state_of(run) / ".metadata").write_bytes(change)
+    with pytest.raises(Mistake, match="is damaged .*it would change Path"):
+        checkpoint.load_state(run / NAME, model, optimizer)
+    assert not hasattr(Path, "evil")
+    pickle.loads(change)  # pickle's own reader does change it
+    assert Path.evil == 1
+    del Path.evil
+
+
+def test_the_settings_of_a_resumed_optimizer_are_this_runs(saved):
+    run, model, _ = saved
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.25, betas=(0.3, 0.4))
+    checkpoint.load_state(run / NAME, model, optimizer)
+    assert optimizer.state[model.embed_tokens.weight]["step"] == 1
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.5, 0.25, (0.3, 0.4))
+
+
+@pytest.mark.parametrize("name", ["saving.tmp", "discarded.tmp"])
+def test_a_link_in_a_runs_folder_is_not_followed(tok, tmp_path, name):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("keep")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(mine)
+    for step in (1, 2):
+        save(tmp_path / "run", step, small_model(tok), tok, keep=1)
+    assert names_in(mine) == ["file"] and names_in(tmp_path / "run") == ["latest", "step_0000002"]
+
+
+def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    tok, tmp_path, monkeypatch, capsys
+):
+    save(tmp_path / "run", 1, small_model(tok), tok, keep=1)
+
+    def busy(folder):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(folder))
+
+    monkeypatch.setattr(checkpoint, "prune", lambda run, name, keep: busy(run))
+    save(tmp_path / "run", 2, small_model(tok), tok, keep=1)
+    assert "an old checkpoint could not be removed: " in capsys.readouterr().err
+    assert (tmp_path / "run" / "latest").read_text() == "step_0000002"
+
+
+def test_a_second_ctrl_c_during_a_save_is_no_failed_save(tok, tmp_path, monkeypatch):
+    save(tmp_path / "run", 1, small_model(tok), tok)
+
+    def stopped(*args, **kwargs):
+        raise checkpoint.CheckpointException("", {0: (SystemExit(130), None)})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", stopped)
+    with pytest.raises(SystemExit) as end:
+        save(tmp_path / "run", 2, small_model(tok), tok)
+    assert end.value.code == 130
+    assert names_in(tmp_path / "run") == ["latest", "step_0000001"]

@@ -26,11 +26,16 @@ posix = pytest.mark.skipif(os.name != "posix", reason="permissions, signals and 
 @example(b"9" * 10_000)
 @example(b"\xef\xbb\xbf{}")
 @example(b'{"a": NaN}')
+@example(b'{"a": 1e999}')
+@example(b'{"a": "\\ud800"}')
 def test_any_bytes_are_a_dict_or_a_mistake_that_names_the_file(tmp_path, content):
     path = tmp_path / "some.json"
     path.write_bytes(content)
     try:
-        assert isinstance(files.read_json(path), dict)
+        value = files.read_json(path)
+        assert isinstance(value, dict)
+        files.write_json(path, value)  # whatever is read can be written again, and the same
+        assert files.read_json(path) == value
     except Mistake as error:
         assert str(path) in str(error) and "\n" not in str(error)
 

@@ -939,6 +939,8 @@ DIFFCODER = "modeling_seed_diffcoder.SeedDiffcoderForCausalLM"  # its architectu
             ("block", False, 16),
         ),  # the user before config.json
         (OURS, {}, ("block", True, 8)),
+        (LLAMA | {"objective": "block", "block_size": 4}, {}, ("block", False, 4)),
+        (LLAMA | {"objective": "bidirectional"}, {}, ("bidirectional", False, 1)),
         (OURS, {"block_size": 2, "shift": False}, ("block", False, 2)),
         (OURS, {"objective": "block"}, ("block", True, 8)),
         (
@@ -1302,7 +1304,7 @@ def test_importing_it_loads_neither_torchs_distributed_checkpoints_nor_its_compi
         ({"architectures": 5}, "architectures=5 .* is not a list"),
         ({"architectures": [[1]], "model_type": ["llama"]}, "model_type="),
         ({"rope_parameters": [1]}, r"rope_parameters=\[1\] .* is not an object"),
-        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta=nan"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "NaN is not a finite number"),
         ({"rope_parameters": {"rope_theta": "1"}}, "rope_theta='1'"),
         ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06"),
         ({"rms_norm_eps": True}, "rms_norm_eps=True"),

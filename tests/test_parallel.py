@@ -2,7 +2,7 @@
 ends some of them.
 
 One launch of tests/ranks.py runs many jobs in one process group; a launch of its own has only what
-ends a process. All of it is one group of pytest-xdist: its fixtures are expensive.
+ends a process. The fixtures are expensive: the whole file runs on one worker.
 """
 import json
 import os
@@ -33,8 +33,6 @@ from configurator import Mistake
 from diffusion import Recipe
 from files import write_json
 from model import ModelConfig, Transformer
-
-pytestmark = pytest.mark.xdist_group("parallel")
 
 STEPS = ["--max_steps=20", "--eval_every=20", "--save_every=99", "--dtype=float32",
          "--micro_batch=8"]

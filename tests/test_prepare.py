@@ -217,6 +217,30 @@ def test_another_folders_tokenizer_serves_where_one_is_named(prepared, tmp_path)
     assert "--tokenizer=/nowhere has no tokenizer: /nowhere/tokenizer.json is missing" in message
 
 
+def test_another_tokenizer_at_the_same_path_is_noticed(prepared, tmp_path):
+    source, out, _ = prepared
+    shutil.copytree(out, tmp_path / "theirs")
+    words = (source, tmp_path / "more", f"--tokenizer={tmp_path / 'theirs'}")
+    prepare(*words)
+    assert "nothing to do" in prepare(*words)
+    prepare(source, tmp_path / "small", "--vocab_size=270")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tmp_path / "small" / name, tmp_path / "theirs" / name)
+    assert "nothing to do" not in prepare(*words)
+    assert contents(tmp_path / "more") == contents(tmp_path / "small")
+
+
+def test_a_folder_with_anothers_shards_is_refused_and_left_as_it_was(prepared, tmp_path):
+    source, out, _ = prepared
+    shutil.copytree(out, tmp_path / "shards")
+    (tmp_path / "shards" / "train.bin").rename(tmp_path / "shards" / "train_00000.bin")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    message = prepare(source, tmp_path / "shards", fails=True)
+    assert "holds train_00000.bin, which another script prepared" in message
+    after = {path.name: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    assert after == before
+
+
 def test_a_run_names_the_tokenizer_of_its_newest_checkpoint(prepared, tmp_path):
     source, out, _ = prepared
     checkpoint = tmp_path / "run" / "step_0000020"

@@ -227,6 +227,61 @@ def test_a_disk_that_is_full_names_the_metrics_and_the_last_checkpoint(data_fold
     assert re.fullmatch(f"error: {pattern}", outside.stderr.splitlines()[-1])
 
 
+# --- the lock -------------------------------------------------------------------------------------
+
+@posix
+def test_a_lock_that_is_a_link_or_another_file_is_left_alone(copy, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (copy / "lock").unlink()
+    (copy / "lock").symlink_to(victim)
+    for _ in range(2):
+        with pytest.raises(Mistake, match="lock is not the lock of a run: move it"):
+            run.Run(copy, True, ALONE).__enter__()
+        assert victim.read_text() == "mine"
+        (copy / "lock").unlink()
+        (copy / "lock").hardlink_to(victim)
+    (copy / "lock").unlink()
+    (copy / "lock").mkdir()
+    with pytest.raises(Mistake, match="lock is not the lock of a run"):
+        run.Run(copy, True, ALONE).__enter__()
+
+
+@posix
+def test_a_run_that_appears_after_the_look_is_not_overwritten(saved, tmp_path):
+    with pytest.raises(Mistake, match="another process has just made a run"):
+        with run.Run(tmp_path / "run", False, ALONE) as late:
+            shutil.copytree(saved, tmp_path / "run")
+            late.make_folder()
+    assert content(tmp_path / "run") == content(saved)
+
+
+@posix
+def test_only_the_torchrun_that_began_a_run_resumes_it_unasked(saved, tmp_path, monkeypatch):
+    """A launch that was refused must not resume, and overwrite, the run when torchrun restarts."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+
+    def launched(out):
+        with run.Run(out, False, ALONE) as opened:
+            return opened.start
+
+    copy = Path(shutil.copytree(saved, tmp_path / "refused"))
+    for restarts in "01":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        with pytest.raises(Mistake, match="already holds a run"):
+            launched(copy)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with run.Run(tmp_path / "begun", False, ALONE) as new:
+        new.make_folder()
+    shutil.copytree(saved, tmp_path / "begun", dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns("lock"))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert launched(tmp_path / "begun") == 10 and launched(tmp_path / "begun") == 10
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # another torchrun
+    with pytest.raises(Mistake, match="already holds a run"):
+        launched(tmp_path / "begun")
+
+
 # --- train.json -----------------------------------------------------------------------------------
 
 def damage(copy, text):
@@ -242,6 +297,8 @@ BROKEN = [b"", b"[]", b"[1]", b"null", b"5", b'"text"', b"{}", b"\xff\xfe", b"{"
           b'{"step": 10, "config": {}, "machine": {"dtype": "evil"}}',
           b'{"step": 10, "config": {}, "machine": {"threads": -1}}',
           b'{"step": 10, "config": {}, "machine": {"threads": "many"}}',
+          b'{"step": 10, "config": {}, "machine": {"threads": 100000}}',
+          b'{"step": 10, "config": {}, "machine": {"threads": 1180591620717411303424}}',
           b'{"step": 10, "config": {}, "machine": 5}', b'{"config": {}, "machine": {}}']
 
 

@@ -294,6 +294,13 @@ def test_mistakes_end_with_a_one_line_message_before_anything_is_sampled(run, mo
     assert "\n" not in str(caught.value)
 
 
+def test_a_prompt_of_no_tokens_is_one_sentence(run):
+    checkpoint = next(run.glob("step_*"))
+    (checkpoint / "chat_template.jinja").write_text("{# #}")
+    with pytest.raises(Mistake, match="the prompt has no tokens"):
+        sample.main([f"--init_from={run}", "--chat=true"])
+
+
 def test_a_config_file_cannot_make_the_temperature_nan(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "generate", None)
     (tmp_path / "hot.py").write_text("temperature = float('nan')\n")

@@ -544,7 +544,7 @@ def test_another_setting_on_a_folder_is_refused_and_leaves_it_as_it_was(tmp_path
         prepare(out, **cfg, tokens=10_000, shard_tokens=900)
     whole = prepare(out, **cfg)
     changes = [{"tokens": 10_000}, {"tokenizer": "", "vocab_size": 290},
-               {"source": f"{corpus}/f1*"}, {"val_percent": 3.0}]
+               {"source": f"{corpus}/f1*"}, {"val_percent": 3.0}, {"bos_token": "<start>"}]
     said = "holds data that was prepared otherwise: give another --out, or delete"
     for change in changes:
         with pytest.raises(Mistake, match=said):
@@ -705,7 +705,7 @@ MIXTURES = {
     "weight -1": ([FINE | {"weight": -1}], "has weight -1"),
     "weight text": ([FINE | {"weight": "1"}], "has weight '1'"),
     "weight true": ([FINE | {"weight": True}], "has weight True"),
-    "weight nan": ([FINE | {"weight": float("nan")}], "has weight nan"),
+    "weight nan": ([FINE | {"weight": float("nan")}], "NaN is not a finite number"),
     "weight huge": ([FINE | {"weight": 10**400}], "a number above 0 and up to 1e18"),
     "source a number": ([FINE | {"source": 5}], "source 'a' has source 5; it must be a file"),
     "source null": ([FINE | {"source": None}], "source 'a' has source None; it must be a file"),

@@ -983,8 +983,8 @@ def test_config_json_tells_a_mask_that_has_no_name(folders, tmp_path):
         assert load_tokenizer(copy).mask_id == mask
     write(copy / "config.json", {"mask_token_id": i})
     (tmp_path / "named").mkdir()
-    named = copy_of(copy, tmp_path / "named", mask_token="<|im_end|>")
-    assert load_tokenizer(named).mask_id == load_tokenizer(named).special_ids["<|im_end|>"], (
+    named = copy_of(copy, tmp_path / "named", mask_token="<|fim_prefix|>")
+    assert load_tokenizer(named).mask_id == load_tokenizer(named).special_ids["<|fim_prefix|>"], (
         "a name goes before it"
     )
     check_saved(load_tokenizer(copy), tmp_path / "saved")
@@ -1246,6 +1246,33 @@ def test_a_chat_template_that_would_never_end_is_stopped(
     assert good.decode(good.chat(CHATS[0])).endswith("assistant\n")
 
 
+def test_a_template_that_writes_millions_of_characters_is_refused(folders, tmp_path):
+    tok = load_tokenizer(copy_of(folders["qwen"], tmp_path, chat_template="{{ 'x ' * 2000000 }}"))
+    began = time.monotonic()
+    with pytest.raises(Mistake, match="it writes 4,000,000 characters, more than 1,000,000"):
+        tok.chat(CHATS[0])
+    assert time.monotonic() - began < 5
+
+
+def test_an_interrupted_chat_is_not_the_answer_to_the_next(monkeypatch):
+    real = tokenizer.worker_process()
+    assert tokenizer.render("{{ x }}", {"x": 1}) == "1"
+
+    class Interrupted:
+        """The worker, whose answer Ctrl-C keeps from being read."""
+        stdin, kill, wait, poll = real.stdin, real.kill, real.wait, real.poll
+
+        class stdout:
+            def readline():
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "worker_process", lambda: Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.render("{{ x }}", {"x": "first"})
+    assert tokenizer.render("{{ x }}", {"x": "second"}) == "second"
+
+
 def test_a_chat_is_rendered_by_a_process_that_is_kept(folders):
     tok = load_tokenizer(folders["qwen"])
     first = tok.chat(CHATS[0])
@@ -1362,3 +1389,77 @@ def test_the_smallest_vocabularies_encode_everything(tmp_path_factory, text, siz
     tok = load_tokenizer(path)
     assert 260 <= tok.vocab_size <= size
     check_same_ids_and_nothing_lost(tok, text)
+
+
+# --- files of the library's format that it cannot use ---------------------------------------------
+
+def spoil(folder, tmp_path, change):
+    """A copy of a folder whose tokenizer.json `change` has edited."""
+    out = shutil.copytree(folder, tmp_path / "spoiled")
+    spec = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))
+    change(spec)
+    write(out / "tokenizer.json", spec)
+    return out
+
+
+def test_a_vocabulary_without_its_unknown_token_is_one_sentence(folders, tmp_path):
+    def change(spec):
+        spec["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+        spec["added_tokens"] = []
+
+    with pytest.raises(Mistake, match="spoiled/tokenizer.json is not a readable tokenizer.json"):
+        load_tokenizer(spoil(folders["qwen"], tmp_path, change)).encode("something new")
+
+
+def test_a_panic_of_the_library_is_one_sentence(folders, tmp_path):
+    def change(spec):
+        spec["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+    with pytest.raises(Mistake, match="spoiled/tokenizer.json is not a readable tokenizer.json"):
+        load_tokenizer(spoil(folders["qwen"], tmp_path, change)).encode("some text")
+
+
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "end_of_word_suffix"])
+def test_pieces_that_are_marked_are_left_to_the_library(data_folder, tmp_path, key):
+    def change(spec):
+        spec["model"][key] = "##"
+        spec["model"]["merges"] = []
+
+    tok = load_tokenizer(spoil(data_folder, tmp_path, change))
+    assert tok.tik is None
+
+
+def test_a_vocabulary_without_one_of_the_bytes_is_left_to_the_library(data_folder, tmp_path):
+    def change(spec):
+        vocab = spec["model"]["vocab"]
+        vocab["~~~~"] = vocab.pop("~")
+
+    assert load_tokenizer(data_folder).tik is not None
+    assert load_tokenizer(spoil(data_folder, tmp_path, change)).tik is None
+
+
+@pytest.mark.parametrize("place", ["vocab.json", "tokenizer_config.json"])
+def test_ids_without_end_are_refused_before_memory_is_taken(folders, tmp_path, place):
+    out = shutil.copytree(folders["dream"], tmp_path / "copy")
+    spec = json.loads((out / place).read_text(encoding="utf-8"))
+    if place == "vocab.json":
+        spec["far"] = 2**31
+    else:
+        spec["added_tokens_decoder"][str(2**31)] = {"content": "<far>"}
+    write(out / place, spec)
+    began = time.monotonic()
+    with pytest.raises(Mistake, match="has a token with id 2147483648: ids are below 16,777,216"):
+        load_tokenizer(out)
+    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("mask", ["<eos>", "def", "<pad>"])
+def test_a_folders_own_mask_that_texts_hold_is_none(data_folder, tmp_path, mask):
+    assert load_tokenizer(data_folder).hf.token_to_id(mask) is not None
+    out = shutil.copytree(data_folder, tmp_path / "copy")
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    write(out / "tokenizer_config.json", config | {"mask_token": mask})
+    tok = load_tokenizer(out)
+    assert tok.mask_id is None and tok.vocab_size == load_tokenizer(data_folder).vocab_size
+    assert tok.encode("def") == load_tokenizer(data_folder).encode("def")
+    assert load_tokenizer(out, mask_token="<mask>").mask_id == load_tokenizer(data_folder).mask_id

@@ -196,7 +196,7 @@ CHANGING = [
     "--u_warmup_steps=3", "--u_warmup_steps=3 --u_init=0.9", "--schedule=uniform",
     "--schedule=uniform --t_min=0.9", "--objective=bidirectional", "--objective=ar_diffusion",
     "--objective=ar", "--rope_theta=100", "--norm_eps=0.1", "--qkv_bias=true", "--qk_norm=true",
-    "--tie_embeddings=false", "--lr=0.1", "--min_lr=0.1", "--lr_warmup_steps=0",
+    "--tie_embeddings=false", "--lr=0.1", "--min_lr=0.001", "--lr_warmup_steps=0",
     "--weight_decay=9", "--beta1=0.1", "--beta2=0.1", "--grad_clip=0.01", "--batch_tokens=128",
     "--d_ff=40", "--objective=bidirectional --schedule=uniform --strategies=((0,0,1),)",
     "--objective=bidirectional --anneal_steps=9",
@@ -288,7 +288,7 @@ def test_metrics_go_where_they_are_asked_to_and_a_missing_package_is_named(
     shown = []
     writer = SimpleNamespace(add_scalar=lambda *values: shown.append(values))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
-                        SimpleNamespace(SummaryWriter=lambda folder: writer))
+                        SimpleNamespace(SummaryWriter=lambda folder, purge_step: writer))
     train(data_folder, tmp_path / "run", "--max_steps=3", "--log=tensorboard")
     losses = [(value, step) for name, value, step in shown if name == "loss"]
     assert [step for _, step in losses] == [0, 1, 2]
@@ -465,6 +465,7 @@ MISTAKES = [
     ("--objective=ar --shift=false", "shift=False is not possible"),
     ("--objective=block --strategies=((0.1,0.1,0.1),)", "need objective='bidirectional'"),
     ("--lr=-1", "lr=-1 does not fit: lr is a float from 1e-30"),
+    ("--lr=0.0001", "min_lr=0.0002 is above lr=0.0001"),
     ("--beta1=1.5", "beta1=1.5 does not fit: beta1 is a float from 0 to 0.999999"),
     ("--eval_draws=1", "eval_draws=1 does not fit: eval_draws is an int from 2"),
     ("--anneal_steps=5", "anneal_steps=5 needs objective='bidirectional'"),

@@ -23,10 +23,10 @@ stages, which overlap:
    hashes and lengths) and, when those are complete, N.json. A part depends on its file alone.
 2. The main process takes the parts in order, leaves out duplicates of earlier documents (a table in
    sqlite: the first owner wins) and appends the rest to the shards. With each part, sqlite commits
-   how long the shards are. A run that was killed cuts them back to that length and goes on. So
+   how long the shards are. A run that was killed cuts them back to that length and continues. So
    neither workers nor interruptions change a byte.
 
---tokens=N: a source gives N * weight / (sum of weights) tokens, to the nearest document above. One
+--tokens=N: a source gives N * weight / (sum of weights) tokens, rounded up to a whole document. One
 with fewer is read again from its start, except for the documents held out. --tokens=0: every
 document once, and the weights must be equal, as they mean nothing.
 
@@ -60,7 +60,7 @@ from configurator import Float, Int, Mistake, Name, check_fields, configure
 from data.stack.sources import list_files, read_mixture, read_texts
 from data.stdlib.prepare import find_tokenizer, open_tokenizer, shorten_blanks
 from files import read_json, read_text, write_text
-from tokenizer import SPLIT, Tokenizer, train_tokenizer
+from tokenizer import SPLIT, Tokenizer, dtype_for, train_tokenizer
 
 
 @dataclass
@@ -90,10 +90,6 @@ def digest_of(text):
 def is_val(digest, percent):
     """Whether the document of this hash is held out: the hash, a number in [0, 1), decides."""
     return int.from_bytes(digest[:8], "big") / 2**64 < percent / 100
-
-
-def dtype_for(vocab_size):
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 # --- parts: what workers make of a file -----------------------------------------------------------
@@ -241,7 +237,7 @@ def open_ledger(path):
 
 
 def commit(db, shards, state):
-    """Make what was done so far last. Shards first: sqlite must not know of more than there is."""
+    """Commit progress. The shards first: sqlite must never claim more than they hold."""
     for split, s in shards.items():
         s.flush()
         state[split] = s.state
@@ -270,7 +266,7 @@ def readings(source, tally, once):
 def take_part(stem, place, again, source, val_percent, db, shards, tally):
     """Append the documents of a part to the shards, until its source has given its quota.
 
-    place: a number for the part's first document; the next ones count on from it.
+    place: the number before that of the part's first document.
     again: 0 the first time.
     """
     with open(f"{stem}.bin", "rb") as tokens, open(f"{stem}.docs", "rb") as docs:
@@ -507,7 +503,7 @@ def plan_of(cfg, sources):
     if cfg.tokenizer:
         tok = open_tokenizer(cfg.tokenizer, cfg.bos_token)
         tokenizer = f"{tok.json}{tok.bos_id}{tok.eos_id}"
-    settings = ("tokens", "vocab_size", "val_percent", "max_chars", "shard_tokens")
+    settings = ("tokens", "vocab_size", "bos_token", "val_percent", "max_chars", "shard_tokens")
     plan = {key: getattr(cfg, key) for key in settings}
     plan["tokenizer"] = hashlib.sha256(tokenizer.encode()).hexdigest()
     plan["sources"] = [{key: source[key] for key in source if key not in ("license", "note")}
@@ -542,7 +538,7 @@ def prepare(cfg):
 
 
 def run_workers(cfg, sources, workers, tok):
-    """fill_shards with so many processes, none of which is left behind."""
+    """Run fill_shards with `workers` processes and end them on exit."""
     pool = None
     if workers > 1:
         context = multiprocessing.get_context("spawn")

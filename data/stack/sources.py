@@ -12,7 +12,7 @@ import re
 from importlib import import_module
 
 from configurator import Mistake, shortened
-from files import read_text
+from files import parse_json
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 REQUIRED = {"name", "source", "weight", "text"}
@@ -28,12 +28,7 @@ def read_mixture(path, weighed):
 
     weighed: whether the weights will be used. Raises Mistake for what does not fit.
     """
-    try:
-        sources = json.loads(read_text(path))
-    except Mistake:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"{path} is not JSON: {error}") from error
+    sources = parse_json(path)
     is_list = isinstance(sources, list) and sources
     if not is_list or not all(isinstance(source, dict) for source in sources):
         raise Mistake(f"{path} must be a list of sources, each in braces")

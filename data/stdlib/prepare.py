@@ -17,7 +17,6 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
 
 import hashlib
 import json
-import os
 import re
 import sysconfig
 import tempfile
@@ -27,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import Float, Int, Mistake, Name, configure
-from files import read_json, sync, write_text
-from tokenizer import SPLIT, train_tokenizer
+from files import read_json, replacing, write_text
+from tokenizer import SPLIT, dtype_for, train_tokenizer
 
 
 @dataclass
@@ -116,7 +115,10 @@ def shorten_blanks(text):
 
 
 def train_alone(texts, vocab_size):
-    """A tokenizer trained on these texts, free of any names in files left by another tokenizer."""
+    """A tokenizer trained on these texts.
+
+    Loaded from an empty folder, so that no earlier tokenizer's settings are picked up.
+    """
     with tempfile.TemporaryDirectory() as folder:
         tok = train_tokenizer(map(shorten_blanks, texts), vocab_size)
         tok.save(f"{folder}/tokenizer.json")
@@ -125,31 +127,28 @@ def train_alone(texts, vocab_size):
 
 # --- writing --------------------------------------------------------------------------------------
 
-def write_array(path, array):
-    """Write an array's bytes aside, sync them, rename: there is never half a file."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with open(aside, "wb") as file:
-            array.tofile(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)  # there only if something went wrong
-    sync(path.parent)
-
-
 def write_split(out, split, texts, tok):
     """Write <split>.bin and <split>.idx of these texts. Returns what meta.json records of them."""
     bos = [] if tok.bos_id is None else [tok.bos_id]
     documents = [[*bos, *ids, tok.eos_id] for ids in tok.encode_batch(texts)]
-    dtype = np.uint16 if tok.vocab_size <= 2**16 else np.uint32
+    dtype = dtype_for(tok.vocab_size)
     tokens = np.concatenate([np.array(d, dtype) for d in documents])
     offsets = np.cumsum([0] + [len(d) for d in documents], dtype=np.int64)  # (documents + 1,)
-    write_array(out / f"{split}.bin", tokens)
-    write_array(out / f"{split}.idx", offsets)
+    for name, array in ((f"{split}.bin", tokens), (f"{split}.idx", offsets)):
+        with replacing(out / name) as file:
+            array.tofile(file)
     size = sum(len(text.encode()) for text in texts)
     return {"files": len(texts), "bytes": size, "tokens": len(tokens)}
+
+
+def check_free(out):
+    """Raise Mistake for a folder with token files of another script, such as data/stack's."""
+    if not out.is_dir():
+        return
+    others = sorted(path.name for path in out.glob("*.bin") if path.name not in PRODUCTS)
+    if others:
+        raise Mistake(f"{out} holds {others[0]}, which another script prepared: choose another "
+                      "--out")
 
 
 def is_unchanged(out, fingerprint):
@@ -169,8 +168,11 @@ def main(argv=None):
     if not source.is_dir():
         raise Mistake(f"source={str(source)!r} is not a folder")
 
+    check_free(out)
     files = read_files(source, cfg.suffix)
-    depends_on = (files, cfg.suffix, cfg.vocab_size, cfg.val_percent, cfg.tokenizer, SPLIT)
+    tok = open_tokenizer(find_tokenizer(cfg.tokenizer)) if cfg.tokenizer else None
+    tokenizer = (tok.json, tok.bos_id, tok.eos_id) if tok else (SPLIT, cfg.vocab_size)
+    depends_on = (files, cfg.suffix, cfg.val_percent, tokenizer)
     fingerprint = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     if is_unchanged(out, fingerprint):
         print(f"{out}: nothing to do, {len(files)} files unchanged")
@@ -182,9 +184,7 @@ def main(argv=None):
                       f"{len(splits['val'])} for validation after filtering; both need at least "
                       "one")
     out.mkdir(parents=True, exist_ok=True)
-    if cfg.tokenizer:
-        tok = open_tokenizer(find_tokenizer(cfg.tokenizer))
-    else:
+    if tok is None:
         print(f"{out}: training a tokenizer of {cfg.vocab_size} ids "
               f"on {len(splits['train'])} files of {source}")
         tok = train_alone(splits["train"], cfg.vocab_size)

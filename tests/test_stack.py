@@ -481,7 +481,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, tok):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
     printed = process.communicate(timeout=30)[1]
     assert process.returncode == 1, printed
-    assert printed.splitlines()[-1] == "stopped; the same command goes on from here", printed
+    assert printed.splitlines()[-1] == "stopped; the same command continues from here", printed
     assert "Traceback" not in printed
     assert not list(out.glob("parts/*.json"))[1:]  # plan.json: nobody waited for the workers
     run(out, *words)

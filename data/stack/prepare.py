@@ -6,7 +6,7 @@
         --tokenizer=FOLDER
 
 The first takes every document once, the others take sources by weight. Many processes share the
-work; a run that was interrupted goes on with the same command.
+work; an interrupted run continues with the same command.
 
 A source is .jsonl, .jsonl.gz, .jsonl.zst or .parquet files: a file, a glob, a folder, or a URL
 that fsspec opens, such as hf://datasets/OWNER/NAME/data/*.parquet. A mixture is a JSON list of
@@ -546,7 +546,7 @@ def run_workers(cfg, sources, workers, tok):
     try:
         return fill_shards(cfg, sources, pool, workers, dtype_for(tok.vocab_size))
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from here") from None
+        raise SystemExit("stopped; the same command continues from here") from None
     finally:
         for process in multiprocessing.active_children():
             process.terminate()  # its work is no longer wanted, or will be done again

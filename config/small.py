@@ -1,4 +1,4 @@
-"""A block-diffusion coder of 126 M parameters on one GPU, in hours: it can write short functions.
+"""A block-diffusion coder of 126 M parameters on one GPU, in hours. Planned, not trained yet.
 
     python -m data.stack.prepare --mixture=data/stack/code.json --out=data/code --tokens=3e9
     python train.py config/small.py --objective=ar --out=out/small_ar --max_steps=3000

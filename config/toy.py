@@ -1,7 +1,7 @@
 """Stable-DiffCoder's recipe at toy scale: block diffusion from the weights of config/toy_ar.py.
 
 K = 4, clipped schedule, ELBO weights after a warmup of the noise (Stable-DiffCoder §3). Two CPU
-cores, about two minutes. Data: `python -m data.stdlib.prepare`.
+cores, two to five minutes. Data: `python -m data.stdlib.prepare`.
 Memory and time: `python train.py config/toy.py --dry_run=true`.
 """
 out = "out/toy"

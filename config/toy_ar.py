@@ -1,6 +1,6 @@
 """The stage before diffusion: a small autoregressive model of Python's standard library.
 
-It plays the role of Seed-Coder in Stable-DiffCoder's recipe. Two CPU cores, about two minutes.
+It plays the role of Seed-Coder in Stable-DiffCoder's recipe. Two CPU cores, two to four minutes.
 Data: `python -m data.stdlib.prepare`.
 Memory and time: `python train.py config/toy_ar.py --dry_run=true`.
 """

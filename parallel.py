@@ -89,8 +89,10 @@ def start(device, shard_ranks=0):
     On CUDA a single process is sharded as well, over itself: the same mixed precision everywhere.
     Raises Mistake where the processes cannot be arranged so.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # schedulers may set the latter
-    size = int(os.environ["WORLD_SIZE"]) if launched else 1
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if size > 1 and not launched:
+        raise Mistake(f"WORLD_SIZE={size} is set and RANK is not: start the processes with torchrun")
     if device == "mps" and size > 1:
         raise Mistake(f"{size} processes need device=cuda or cpu: PyTorch has no collectives on "
                       "mps")

@@ -550,10 +550,20 @@ def test_mistakes_in_the_number_of_processes_end_in_a_one_line_message(
         data_folder, tmp_path, monkeypatch, processes, more, says):
     """Found before a process waits for the others, so one is enough to see it."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(Mistake, match=says):
         train(data_folder, tmp_path / "run", "--device=cpu", *more)
     assert not (tmp_path / "run").exists() and not dist.is_initialized()
+
+
+def test_a_scheduler_may_set_the_number_of_processes(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert parallel.start("cpu").size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Mistake, match="WORLD_SIZE=2 is set and RANK is not"):
+        parallel.start("cpu")
 
 
 def test_one_process_whose_disk_is_full_leaves_all_with_the_checkpoint_before(runs, two):

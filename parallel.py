@@ -92,7 +92,7 @@ def start(device, shard_ranks=0):
     size = int(os.environ.get("WORLD_SIZE", 1))
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if size > 1 and not launched:
-        raise Mistake(f"WORLD_SIZE={size} is set and RANK is not: start the processes with torchrun")
+        raise Mistake(f"WORLD_SIZE={size} is set and RANK is not: start train.py with torchrun")
     if device == "mps" and size > 1:
         raise Mistake(f"{size} processes need device=cuda or cpu: PyTorch has no collectives on "
                       "mps")

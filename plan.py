@@ -442,10 +442,7 @@ def show(cfg, rows_of):
     model_cfg = sizes(cfg)
     print_numbers(cfg, model_cfg, ranks)
     moments = memory(model_cfg, cfg, ranks)
-    title = f"GB, recompute={cfg.recompute}"
-    if cfg.compile:
-        title += ", not compiled"  # what is planned: compiled blocks keep less
-    print_table(moments, title)
+    print_table(moments, f"GB, recompute={cfg.recompute}{', eager' if cfg.compile else ''}")
     most = peak(moments)
     if most <= cfg.gpu_memory * 1e9:
         print(f"\npeak {most / 1e9:.1f} GB of gpu_memory={cfg.gpu_memory:g}")

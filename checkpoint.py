@@ -162,7 +162,9 @@ def load_state(folder, model, optimizer):
         raise Mistake(f"{folder} cannot be resumed: {path.name}/.metadata is missing")
     state = optimizer_state(model, optimizer)  # of the right shapes, to be read into
     try:
-        dcp.load(state, storage_reader=Reader(path), planner=Planner(),
+        reader = Reader(path)
+        reader.read_metadata()  # torch 2.11 would hide what is wrong with it
+        dcp.load(state, storage_reader=reader, planner=Planner(),
                  no_dist=not dist.is_initialized())
     except (CheckpointException, pickle.UnpicklingError, RuntimeError, EOFError, ValueError,
             OSError, AttributeError, TypeError, LookupError, MemoryError) as error:

@@ -166,7 +166,7 @@ def load_state(folder, model, optimizer):
         reader.read_metadata()  # torch 2.11 would hide what is wrong with it
         dcp.load(state, storage_reader=reader, planner=Planner(),
                  no_dist=not dist.is_initialized())
-    except Exception as error:  # a damaged file can make pickle and PyTorch raise anything
+    except (Exception, CheckpointException) as error:  # a damaged file can cause anything
         if isinstance(inner(error), dist.DistError):  # another process ended: nothing is damaged
             raise
         raise Mistake(f"{path} is damaged or of another optimizer: {reason(error)}") from error

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 
 import fsspec
@@ -19,19 +20,27 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configurator import Mistake
 from data.stack import prepare as stack
 from data.stack.prepare import Config
-from data.stack.sources import ENDINGS, chunks, fault, lines, read_mixture, read_texts
+from data.stack.sources import (
+    ENDINGS,
+    ZSTANDARD,
+    chunks,
+    fault,
+    lines,
+    read_mixture,
+    read_texts,
+)
 from huggingface import load_tokenizer
 from loader import Windows
 from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+zstandard = import_module(ZSTANDARD)
 ODD = ["é日🙂 <eos>\r\n\tx  ", "a\u2028b\x00c\x85d", "\n\n\n   x", "'\"\\n"]
 
 
@@ -57,7 +66,7 @@ def write_lines(path, texts, **columns):
         # several members, as of `cat a.gz b.gz`
         content = gzip.compress(content[:50]) + gzip.compress(content[50:])
     elif path.suffix == ".zst":
-        frames = (zstandard.ZstdCompressor().compress(c) for c in (content[:50], content[50:]))
+        frames = (zstandard.compress(c) for c in (content[:50], content[50:]))
         content = b"".join(frames)
     path.write_bytes(content)
 
@@ -581,7 +590,7 @@ BROKEN = {
                    "f.jsonl.gz is truncated (EOFError: "),
     "g.jsonl.zst": (b"no zstandard", "g.jsonl.zst cannot be read (ZstdError: "),
     "i.jsonl.gz": (b"", "i.jsonl.gz is truncated (EOFError: it is empty"),
-    "j.jsonl.zst": (b"", "j.jsonl.zst is truncated (EOFError: its last frame has no end"),
+    "j.jsonl.zst": (b"", "j.jsonl.zst is truncated (EOFError: "),
     "k.parquet": (b"PAR1" + bytes(99), "k.parquet is truncated (EOFError: its end is missing"),
     "h.parquet": (b"no parquet", "h.parquet cannot be read (ArrowInvalid: "),
 }
@@ -606,7 +615,7 @@ def test_a_broken_file_is_named_with_its_line(tmp_path, tok, name):
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".parquet"])
-@pytest.mark.parametrize("count", [3, 400])  # one block of zstandard, and several
+@pytest.mark.parametrize("count", [3, 400])  # one block of Zstandard, and several
 def test_a_file_cut_anywhere_is_truncated_and_never_gives_fewer_documents(tmp_path, ending, count):
     path, texts = tmp_path / f"a{ending}", [text * 9 for text in texts_of(count)]
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
@@ -616,7 +625,7 @@ def test_a_file_cut_anywhere_is_truncated_and_never_gives_fewer_documents(tmp_pa
     elif ending == ".jsonl.gz":
         whole = gzip.compress(rows)
     else:
-        whole = zstandard.ZstdCompressor().compress(rows)
+        whole = zstandard.compress(rows)
     steps = max(1, len(whole) // 60)
     ends = {0, 4, *range(8, len(whole), steps), *range(len(whole) - 9, len(whole))}
     for end in sorted(ends):
@@ -639,8 +648,8 @@ def test_a_cut_file_of_one_block_stops_a_run(tmp_path, tok):
 
 @pytest.mark.parametrize("frames", [1, 3])
 def test_frames_of_nothing_and_frames_to_skip_are_fine(tmp_path, frames):
-    row = zstandard.ZstdCompressor().compress(b'{"text": "a"}\n')
-    nothing = zstandard.ZstdCompressor().compress(b"")
+    row = zstandard.compress(b'{"text": "a"}\n')
+    nothing = zstandard.compress(b"")
     skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes((row + nothing + skipped) * frames)
@@ -783,7 +792,7 @@ def test_the_hub_out_of_reach_is_one_line_that_says_what_to_download(tmp_path, t
 
 
 @pytest.mark.parametrize("name, module", [
-    ("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard"), ("a.jsonl", "fsspec")])
+    ("a.parquet", "pyarrow"), ("a.jsonl.zst", ZSTANDARD), ("a.jsonl", "fsspec")])
 def test_a_missing_package_is_named(tmp_path, tok, monkeypatch, name, module):
     write_lines(tmp_path / name, texts_of(3))
     monkeypatch.setitem(sys.modules, module, None)

@@ -9,11 +9,14 @@ import gzip
 import json
 import os
 import re
+import sys
 from importlib import import_module
 
 from configurator import Mistake, shortened
 from files import parse_json
 
+# Python has it from 3.14 on
+ZSTANDARD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 REQUIRED = {"name", "source", "weight", "text"}
 OPTIONAL = {"language_column", "languages", "license", "note"}
@@ -124,7 +127,7 @@ def package(module, url):
         return import_module(module)
     except ImportError as error:
         raise Mistake(f"{url} needs a package that is not installed: "
-                      f"pip install {module.partition('.')[0]}") from error
+                      f"pip install {module.removesuffix('.parquet')}") from error
 
 
 def brief(error):
@@ -141,21 +144,21 @@ def read_records(url, columns):
     Raises Mistake for whatever keeps it from being read, a file that was cut short among them.
     """
     fsspec, kind = package("fsspec", url), url.rpartition(".")[2]
-    needed = {"parquet": "pyarrow.parquet", "zst": "zstandard"}.get(kind)
+    needed = {"parquet": "pyarrow.parquet", "zst": ZSTANDARD}.get(kind)
     module = package(needed, url) if needed else None
     try:
         with fsspec.open(url, "rb") as file:
             if kind == "parquet":
                 yield from enumerate(parquet_rows(file, module, columns), 1)
             elif kind == "zst":
-                yield from enumerate(lines(zstandard_chunks(file, module)), 1)
+                yield from enumerate(lines(chunks(module.open(file))), 1)
             elif kind == "gz":
                 yield from enumerate(lines(gzip_chunks(file)), 1)
             else:
                 yield from enumerate(lines(chunks(file)), 1)
     except EOFError as error:
         raise Mistake(f"{url} is truncated ({brief(error)}): copy or download it again") from error
-    except Exception as error:  # gzip, zlib, zstandard, Arrow, every network client: anything
+    except Exception as error:  # gzip, zlib, Zstandard, Arrow, every network client: anything
         raise Mistake(f"{url} cannot be read ({brief(error)})") from error
 
 
@@ -190,25 +193,6 @@ def gzip_chunks(file):
     yield from chunks(gzip.open(file))
     if file.tell() == 0:
         raise EOFError("it is empty")
-
-
-def zstandard_chunks(file, zstandard):
-    """The content of a zstandard file of any number of frames. Raises EOFError where it was cut.
-
-    zstandard's own readers take the end of the file for the end of the content.
-    """
-    decompressor = zstandard.ZstdDecompressor()
-    frame, is_complete = None, False
-    for compressed in chunks(file, 1024):  # few bytes: they can stand for a thousand times as many
-        while compressed:
-            if frame is None:
-                frame = decompressor.decompressobj()
-            yield frame.decompress(compressed)
-            is_complete, compressed = frame.eof, b""
-            if is_complete:
-                compressed, frame = frame.unused_data, None
-    if not is_complete:
-        raise EOFError("its last frame has no end")
 
 
 def lines(parts):

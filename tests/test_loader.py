@@ -275,6 +275,17 @@ def test_offsets_that_cannot_be_are_refused(folder, offsets):
     assert "train.idx does not fit its .bin of 8 tokens" in refusal(folder, "train", 2, 300)
 
 
+def test_tokens_that_the_tokenizer_does_not_have_are_named(folder):
+    write_shards(folder, [[6, 6]], 300)
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    tokens[7] = 300
+    tokens.tofile(folder / "train.bin")
+    windows = Windows(folder, "train", 4, 300)
+    windows.window(0)
+    with pytest.raises(Mistake, match="is damaged: it holds token 300, and its tokenizer has 300"):
+        windows.window(1)
+
+
 @pytest.mark.parametrize("meta", [
     b"[]", b"null", b"5", b'"text"', b"{", b"", b'{"vocab_size": 300', b"\xff\xfe", b"[" * 100_000,
     b"{}", b'{"vocab_size": null}', b'{"vocab_size": "300"}', b'{"vocab_size": true}',

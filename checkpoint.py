@@ -167,8 +167,8 @@ def load_state(folder, model, optimizer):
         dcp.load(state, storage_reader=reader, planner=Planner(),
                  no_dist=not dist.is_initialized())
     except (Exception, CheckpointException) as error:  # a damaged file can cause anything
-        if isinstance(inner(error), dist.DistError):  # another process ended: nothing is damaged
-            raise
+        if isinstance(inner(error), (SystemExit, KeyboardInterrupt, dist.DistError)):
+            raise  # stopped, or another process ended: nothing is damaged
         raise Mistake(f"{path} is damaged or of another optimizer: {reason(error)}") from error
     settings = [{k: v for k, v in group.items() if k != "params"}
                 for group in optimizer.param_groups]

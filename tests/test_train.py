@@ -19,6 +19,7 @@ from conftest import ROOT, prepare
 from safetensors.torch import load_file, save_file
 
 import parallel
+import plan
 import train as script
 from configurator import Mistake
 from loader import Windows
@@ -300,11 +301,18 @@ def test_metrics_go_where_they_are_asked_to_and_a_missing_package_is_named(
             train(data_folder, tmp_path / name, "--max_steps=3", f"--log={name}")
 
 
-def test_flops_and_loader_seconds_are_in_the_metrics(data_folder, tmp_path):
+def test_flops_and_loader_seconds_are_in_the_metrics(data_folder, tmp_path, monkeypatch):
+    counted, step_flops = [], plan.step_flops
+
+    def noting(model_cfg, positions, scored, pairs, queries):
+        counted.append((positions, queries))
+        return step_flops(model_cfg, positions, scored, pairs, queries)
+
+    monkeypatch.setattr(plan, "step_flops", noting)
     train(data_folder, tmp_path / "run", "--max_steps=2", "--eval_every=0", "--objective=block",
           "--peak_tflops=0.001")
     lines = all_metrics(tmp_path / "run")
-    assert len(lines) == 2
+    assert len(lines) == 2 and counted == [(512, 256)] * 2
     for m in lines:
         assert 0 <= m["loader_seconds"] < m["seconds"] and m["memory_gb"] > 0
         # 2 layers, d 32, 2 + 2·1 heads of 16 either way, d_ff 48; 256 noisy and 256 clean

@@ -52,10 +52,10 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def load_tokenizer(folder, bos_token="", mask_token=""):
+def load_tokenizer(folder, bos_token="", mask_token="", add_fim=False):
     """The Tokenizer of a folder, or of the tokenizer.json in it.
 
-    bos_token, mask_token: names to use instead of the folder's; see Tokenizer.
+    bos_token, mask_token: names to use instead of the folder's; add_fim: see Tokenizer.
     Raises Mistake for files that are missing, damaged or of an unknown kind.
     """
     path = Path(folder)
@@ -73,7 +73,8 @@ def load_tokenizer(folder, bos_token="", mask_token=""):
         config["clean_up_tokenization_spaces"] = False
     template = folder / "chat_template.jinja"
     return Tokenizer(text, config, read_text(template) if template.is_file() else None,
-                     bos_token, mask_token, read_if_there(folder / "config.json"), folder)
+                     bos_token, mask_token, read_if_there(folder / "config.json"), folder,
+                     read_if_there(folder / "generation_config.json"), add_fim)
 
 
 def read_if_there(path):
@@ -242,7 +243,7 @@ def load_folder(folder, device, dtype, mask_token, asked):
     return model, tok, recipe
 
 
-def read_description(folder, mask_token="", bos_token="", **asked):
+def read_description(folder, mask_token="", bos_token="", add_fim=False, **asked):
     """What a folder says of itself, without its weights: (ModelConfig, Tokenizer, Recipe).
 
     See `load`. Raises Mistake.
@@ -252,10 +253,14 @@ def read_description(folder, mask_token="", bos_token="", **asked):
     if "tie_word_embeddings" not in hf:  # CoDA's does not say, and has a head of its own
         hf["tie_word_embeddings"] = "lm_head.weight" not in weight_files(folder)
     cfg = from_hf_config(hf)
-    tok = load_tokenizer(folder, bos_token, mask_token)
+    tok = load_tokenizer(folder, bos_token, mask_token, add_fim)
     if tok.vocab_size > cfg.vocab_size:
+        wanted = ""
+        if add_fim:
+            wanted = ("; fim_rate may have added three tokens: train that model with a fim_rate, "
+                      "or with a --vocab_size that leaves room for them")
         raise Mistake(f"{folder}: its tokenizer has {tok.vocab_size} ids, its model only "
-                      f"{cfg.vocab_size}")
+                      f"{cfg.vocab_size}{wanted}")
     return cfg, tok, recipe_of(hf, tok, **asked)
 
 
@@ -365,13 +370,18 @@ def itself(p):
 def write_model(folder, model, tok, recipe, dtype=torch.float32, rank=0, size=1, whole=itself):
     """config.json, the weights in `dtype` and the tokenizer's files, into an existing folder.
 
+    generation_config.json names the stop ids, for us and for others.
     rank, size, whole: see write_weights. All processes take part.
     """
     folder = Path(folder)
     weights = {tensor_name(name): p.detach() for name, p in model.named_parameters()}
     write_weights(folder, weights, dtype, rank, size, whole)
     if rank == 0:
-        write_json(folder / "config.json", to_hf_config(model.cfg, tok, recipe, dtype))
+        config = to_hf_config(model.cfg, tok, recipe, dtype) | {"fim_trained": tok.fim_trained}
+        write_json(folder / "config.json", config)
+        ends = {"bos_token_id": tok.bos_id, "eos_token_id": sorted(tok.stop_ids) or None,
+                "pad_token_id": tok.pad_id}
+        write_json(folder / "generation_config.json", ends)
         tok.save(folder)
 
 

@@ -4,9 +4,12 @@ A folder holds train.bin (token ids) and train.idx (where its documents start), 
 them (train_000.bin, train_000.idx, …); data/*/prepare.py writes them. A window is T consecutive
 tokens of one shard. Its documents are known from the offsets alone, never guessed from token
 values. Which window is row r of step s is a function of (seed, s, r), so a resumed run needs no
-state.
+state. So is which of its documents are rearranged for filling in the middle.
 
-Not covered: supervised rows with a prompt, infill rows, mixtures of corpora.
+Documents and windows are multiples of 8 tokens long, so no block of 2, 4 or 8 is ever cut.
+`tokenizer.document_of` says why that matters.
+
+Not covered: supervised rows with a prompt, mixtures of corpora.
 """
 import hashlib
 import json
@@ -19,10 +22,12 @@ import numpy as np
 import torch
 
 from configurator import Mistake, shortened
+from diffusion import stream
 from files import read_json
-from tokenizer import dtype_for
+from tokenizer import MULTIPLE, dtype_for, fim_prompt
 
-DATA_ORDER = 3  # the purpose of this random stream (diffusion.py has the others)
+DATA_ORDER, FIM = 3, 4  # purposes of random streams (diffusion.py has the others)
+FIM_LEAST = 8  # tokens of text: shorter documents are not rearranged
 
 
 @dataclass
@@ -46,15 +51,15 @@ class Windows:
     vocab_size: of the model, at least that of the data.
     cross_document: a window is one document, as in Stable-DiffCoder's packing. False: documents do
         not see each other.
-    Raises Mistake for a missing, damaged or too small folder.
+    fim_rate: share of the documents that `at_step` rearranges, with the tokens of `tok`.
+    Raises Mistake for a missing, damaged or too small folder, and a T that is not a multiple of 8.
     """
 
-    def __init__(self, folder, split, T, vocab_size, cross_document=False):
-        if T < 2:
-            raise Mistake(f"context={T} must be 2 or more: "
-                          "a window's first token is never predicted")
+    def __init__(self, folder, split, T, vocab_size, cross_document=False, fim_rate=0.0, tok=None):
+        check_window(T)
         self.folder, self.T, self.vocab_size = folder, T, vocab_size
         self.cross_document = cross_document
+        self.fim_rate, self.tok = fim_rate, tok
         self.tokens, self.offsets = open_shards(folder, split, vocab_size)
         counts = [len(tokens) // T for tokens in self.tokens]
         self.ends = np.cumsum(counts)  # (shards,): windows in each shard and all before it
@@ -67,27 +72,38 @@ class Windows:
     def __len__(self):
         return int(self.ends[-1])
 
+    def place(self, number):
+        """Where a window begins: its shard's number, and the token there."""
+        shard = int(np.searchsorted(self.ends, number, "right"))
+        windows_before = 0 if shard == 0 else self.ends[shard - 1]
+        return shard, int(number - windows_before) * self.T
+
+    def bounds(self, number):
+        """Where the documents of a window begin in it, and T: (documents + 1,) int64.
+
+        A document that began in the window before begins at 0.
+        """
+        shard, start = self.place(number)
+        offsets = self.offsets[shard]
+        first = np.searchsorted(offsets, start, "right")
+        last = np.searchsorted(offsets, start + self.T)
+        return np.concatenate([[0], offsets[first:last] - start, [self.T]])
+
     def window(self, number):
         """One window: its tokens, and where each token's document starts and ends in it.
 
-        Returns three (T,) int64 arrays. A document that began in the window before starts at 0.
+        Returns three (T,) int64 arrays.
         """
-        shard = int(np.searchsorted(self.ends, number, "right"))
-        windows_before = 0 if shard == 0 else self.ends[shard - 1]
-        start = (number - windows_before) * self.T
+        shard, start = self.place(number)
         tokens = self.tokens[shard][start:start + self.T].astype(np.int64)
         if tokens.max() >= self.vocab_size:
             raise Mistake(f"{self.folder} is damaged: it holds token {tokens.max()}, and its "
                           f"tokenizer has {self.vocab_size} ids; prepare the data again")
         if self.cross_document:
             return tokens, np.zeros(self.T, np.int64), np.full(self.T, self.T)
-        offsets = self.offsets[shard]
-        places = np.arange(start, start + self.T)
-        document = np.searchsorted(offsets, places, "right")
-        # now offsets[document - 1] <= places < offsets[document]
-        doc_start = np.maximum(offsets[document - 1] - start, 0)
-        doc_end = np.minimum(offsets[document] - start, self.T)
-        return tokens, doc_start, doc_end
+        bounds = self.bounds(number)
+        lengths = np.diff(bounds)
+        return tokens, np.repeat(bounds[:-1], lengths), np.repeat(bounds[1:], lengths)
 
     def batch(self, numbers, epochs=None):
         """The windows of these numbers as a Batch. epochs: (B,) int64; None: 0 for each."""
@@ -110,7 +126,24 @@ class Windows:
         rows = np.arange(batch_rows) if rows is None else np.asarray(rows)
         epochs, places = np.divmod(step * batch_rows + rows, len(self))  # (B,) each
         numbers = [self.order(seed, int(e))[place] for e, place in zip(epochs, places)]
-        return self.batch(numbers, epochs)
+        batch = self.batch(numbers, epochs)
+        if self.fim_rate > 0:
+            for x0, number, row in zip(batch.x0.numpy(), numbers, rows):
+                self.rearrange(x0, number, stream(seed, FIM, step, row))
+        return batch
+
+    def rearrange(self, x0, number, random):
+        """Rearrange a share `fim_rate` of a window's documents, in place.
+
+        x0: (T,) the window's tokens. random: a generator. A document's draws depend on its place in
+        the window, not on the other documents.
+        """
+        draws = random.random((self.T // MULTIPLE, 3))  # whether, and two cuts
+        bounds = self.bounds(number).tolist()
+        for start, end in zip(bounds, bounds[1:]):
+            chance, *cuts = draws[start // MULTIPLE]
+            if chance < self.fim_rate:
+                x0[start:end] = rearranged(x0[start:end].tolist(), self.tok, cuts)
 
     def order(self, seed, epoch):
         """The order of an epoch, (windows,) int64. The last one asked for is kept."""
@@ -126,6 +159,50 @@ class Windows:
         For evaluation.
         """
         return np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+
+
+def check_rows(T, batch_tokens):
+    """Raise Mistake for steps of `batch_tokens` tokens that are not whole windows of T tokens."""
+    check_window(T)
+    if batch_tokens % T:
+        near = max(1, round(batch_tokens / T)) * T
+        raise Mistake(f"batch_tokens={batch_tokens} must be a multiple of context={T}, such as "
+                      f"{near}")
+
+
+def check_window(T):
+    """Raise Mistake for a number of tokens per window that would cut blocks."""
+    if T > 0 and T % MULTIPLE == 0:
+        return
+    below = max(T, 0) // MULTIPLE * MULTIPLE
+    near = f"{below} or {below + MULTIPLE}" if below else f"{MULTIPLE}"
+    raise Mistake(f"context={T} must be a multiple of {MULTIPLE}, as documents are: give {near}")
+
+
+def rearranged(document, tok, cuts):
+    """A document for filling in the middle, as long as it was: fim_prompt, the middle, <eos>.
+
+    The three tokens that fim_prompt adds take the place of <eos>, of which one stays. Where these
+    are too few, and where the window cut the document before its <eos>, the end of the text makes
+    room: at most 4 tokens, dropped before the places are chosen. Texts shorter than FIM_LEAST
+    tokens stay as they are.
+    document: list of int; one that began in the window before has no <bos>. cuts: two numbers in
+    [0, 1), for two places among those before, between and after the text's tokens, also within a
+    word. Returns a list of int.
+    """
+    begin, end = 0, len(document)
+    if document[0] == tok.bos_id:
+        begin = 1
+    while end > begin and document[end - 1] == tok.eos_id and len(document) - end < MULTIPLE:
+        end -= 1
+    if end - begin < FIM_LEAST:
+        return document
+    text = document[begin:min(end, len(document) - 4)]
+    first, second = sorted(int(cut * (len(text) + 1)) for cut in cuts)
+    ids = fim_prompt(tok, text[:first], text[second:]) + text[first:second]
+    if begin == 0 and tok.bos_id is not None:
+        ids = ids[1:]
+    return ids + [tok.eos_id] * (len(document) - len(ids))
 
 
 # --- the files of a folder ------------------------------------------------------------------------
@@ -181,6 +258,9 @@ def read_offsets(path, tokens):
     if not fits or (np.diff(offsets) <= 0).any():
         raise Mistake(f"{path} does not fit its .bin of {len(tokens):,} tokens: one was cut short; "
                       "delete both and prepare the data again")
+    if (offsets % MULTIPLE).any():
+        raise Mistake(f"{path} has documents that are not filled with <eos> to a multiple of "
+                      f"{MULTIPLE} tokens: an older version prepared them; prepare the data again")
     return offsets
 
 

@@ -405,14 +405,15 @@ def sizes(cfg):
     """The run's ModelConfig: of the folder it starts from, if that is local, or of the settings."""
     folder = "" if cfg.init_from == "scratch" else cfg.init_from
     if folder and Path(folder).is_dir():
-        names = (cfg.mask_token, cfg.bos_token)
-        return huggingface.read_description(huggingface.find(folder), *names, objective="ar")[0]
+        asked = (cfg.mask_token, cfg.bos_token, cfg.fim_rate > 0)
+        return huggingface.read_description(huggingface.find(folder), *asked, objective="ar")[0]
     if folder:
         print(f"{folder} is not a local folder: planned with the sizes in the settings")
     settings = {f.name: getattr(cfg, f.name) for f in fields(model.ModelConfig)}
     if not cfg.vocab_size:
         try:
-            tok = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token)
+            tok = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token,
+                                             cfg.fim_rate > 0)
         except Mistake as error:
             raise Mistake(f"vocab_size=0 takes the tokenizer's size, but {error}; to plan without "
                           "it, give --vocab_size") from error

@@ -1,4 +1,4 @@
-"""Text to token ids and back; special tokens; chat templates; training a byte-level BPE.
+"""Text to token ids and back; special tokens; what a document is; training a byte-level BPE.
 
 A `Tokenizer` is made of texts: tokenizer.json, what tokenizer_config.json says, a chat template.
 Where they lie in a folder is the concern of huggingface.py, whose `load_tokenizer` reads them.
@@ -8,13 +8,8 @@ several times faster, with the same ids. Any other encodes with Hugging Face's `
 Not covered: chats with tools, `{% generation %}` in templates, and tokenizers that are not
 byte-level for anything but encoding and decoding.
 """
-import inspect
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +19,21 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from configurator import Mistake, shortened
 from files import write_json, write_text
+from templates import render
 
 SPECIALS = ("<bos>", "<eos>", "<mask>", "<pad>")  # our names, by id
 KEYS = ("bos_token", "eos_token", "pad_token", "mask_token")  # of tokenizer_config.json
+END_OF_TURN = (  # names of tokens that end an answer, whatever else a folder says
+    "<|im_end|>",  # ChatML: Qwen2.5, Qwen3, Dream, DiffuCoder, CoDA, SDAR
+    "<|eot_id|>",  # Llama 3, LLaDA; Seed-Coder's turns end with its eos_token
+)
+FIM_NAMES = (  # of prefix, suffix and middle, for filling in the middle; the first are added
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder, Qwen3
+    ("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>"),  # Seed-Coder
+)
+MULTIPLE = 8  # documents and windows are a multiple of so many tokens long; see `document_of`
+LAYOUT = 2  # number of the rules by which documents are laid out; a change needs new data
 MAX_IDS = 2**24  # ids in a vocabulary: the largest published ones have about 2^18
 
 # How text is cut before BPE, in classes spelled out so that every regex engine reads them alike:
@@ -128,16 +135,21 @@ class Tokenizer:
     bos_id, eos_id, mask_id, pad_id: int, or None where there is none. bos_id begins a document: it
     is None too if tokenizer_config.json has `add_bos_token: false`. The tokenizer's post-processor
     (Llama 3's adds bos) is never run: callers prepend bos_id themselves.
+    stop_ids: frozenset of the ids that end a text: eos_id, those that the folder calls an end, and
+    the END_OF_TURN that it has. Never mask_id, nor a pad_id that is not eos_id.
+    fim: (prefix id, suffix id, middle id), or None where the vocabulary lacks them.
+    fim_trained: bool, whether the folder's model is known to have been trained with them.
     token_bytes: (vocab_size,) int64 numpy, bytes of text that each id stands for; 0 for specials
     and unused ids.
     """
 
     def __init__(self, json_text, config=None, chat_template=None, bos_token="", mask_token="",
-                 model_config=None, folder=""):
-        """json_text: a tokenizer.json. config, model_config: dicts of tokenizer_config.json and
-        config.json. chat_template: a template that goes before the one in `config`, or None.
-        bos_token, mask_token: names to use instead of theirs. A special token that the vocabulary
-        lacks is added at the next free id, bos before mask.
+                 model_config=None, folder="", generation_config=None, add_fim=False):
+        """json_text: a tokenizer.json. config, model_config, generation_config: dicts of
+        tokenizer_config.json, config.json and generation_config.json. chat_template: a template
+        that goes before the one in `config`, or None. bos_token, mask_token: names to use instead
+        of theirs. add_fim: the tokens of `fim` are needed. A special token that the vocabulary
+        lacks is added at the next free id, bos before mask before fim.
 
         Raises Mistake for a text that is not a tokenizer.json and names that cannot be used.
         """
@@ -147,7 +159,8 @@ class Tokenizer:
         self.config = dict(config or {})
         self.hf = self.call(tokenizers.Tokenizer.from_str, json_text)
         check_ids(self.hf, folder)
-        self.set_specials(bos_token, mask_token, model_config or {})
+        model_config = model_config or {}
+        self.set_specials(bos_token, mask_token, model_config, add_fim)
         self.hf.no_truncation()  # some published files cut every text, or pad it
         self.hf.no_padding()
         self.hf.encode_special_tokens = True  # "<eos>" in a text is five characters
@@ -156,6 +169,8 @@ class Tokenizer:
         self.bytes = self.bytes_by_id()
         self.vocab_size = len(self.bytes)
         self.token_bytes = np.array([len(b) for b in self.bytes], dtype=np.int64)
+        self.stop_ids = self.find_stop_ids(model_config, generation_config or {})
+        self.fim_trained = model_config.get("fim_trained") is True
 
     def call(self, function, *args, **kwargs):
         """Call the library, which may raise bare exceptions and panics over a folder's file."""
@@ -167,7 +182,7 @@ class Tokenizer:
             raise Mistake(f"{self.folder}/tokenizer.json is not a readable tokenizer.json: "
                           f"{error}") from error
 
-    def set_specials(self, bos_token, mask_token, model_config):
+    def set_specials(self, bos_token, mask_token, model_config, add_fim):
         """Set the special tokens' ids; add missing tokens, to what `save` writes too."""
         names = name_specials(self.config, model_config, self.hf)
         for key, name in names.items():
@@ -188,6 +203,14 @@ class Tokenizer:
         for name in names.values():
             if name:
                 self.add_special(name)
+        fim_names = self.find_fim(names["mask_token"])
+        if add_fim and fim_names is None:
+            fim_names = FIM_NAMES[0]
+            for name in fim_names:
+                self.add_special(name)
+        self.fim = None
+        if fim_names is not None:
+            self.fim = tuple(map(self.hf.token_to_id, fim_names))
         for key, name in names.items():
             if name != self.config.get(key):
                 self.config[key] = name
@@ -198,6 +221,25 @@ class Tokenizer:
             self.special_ids.get(names[key]) for key in KEYS)
         if self.config.get("add_bos_token") is False:
             self.bos_id = None
+
+    def find_fim(self, mask_token):
+        """The first of FIM_NAMES that the vocabulary has as added tokens, or None."""
+        added = {token.content for token in self.hf.get_added_tokens_decoder().values()}
+        added.discard(mask_token)  # it has another use
+        return next((names for names in FIM_NAMES if added.issuperset(names)), None)
+
+    def find_stop_ids(self, *configs):
+        """See stop_ids. configs: dicts with an eos_token_id, which may hold anything."""
+        found = [i for i, token in self.hf.get_added_tokens_decoder().items()
+                 if token.content in END_OF_TURN]
+        for config in configs:
+            ids = config.get("eos_token_id")
+            found += ids if isinstance(ids, list) else [ids]
+        stop_ids = {i for i in found if type(i) is int and 0 <= i < self.vocab_size}
+        stop_ids -= {self.mask_id, self.pad_id}
+        if self.eos_id is not None:
+            stop_ids.add(self.eos_id)
+        return frozenset(stop_ids)
 
     def why_no_mask(self, name, names):
         """Why a token cannot be the mask, in words, or None.
@@ -324,6 +366,34 @@ class Tokenizer:
             write_text(folder / "chat_template.jinja", self.jinja)
 
 
+# --- documents ------------------------------------------------------------------------------------
+
+def document_of(tok, ids):
+    """A document as it is trained on: <bos> where there is one, its tokens, then <eos>.
+
+    At least one <eos>, and more until the length is a multiple of MULTIPLE. A block model of block
+    size K cannot learn to stop in the middle of a block unless it sees blocks that end in <eos>.
+    K divides MULTIPLE, so the last block of a document is full, and its text ends anywhere in it.
+    ids: list of int. Returns a list of int.
+    """
+    bos = [] if tok.bos_id is None else [tok.bos_id]
+    filling = MULTIPLE - (len(bos) + len(ids)) % MULTIPLE  # 1 to MULTIPLE
+    return [*bos, *ids, *[tok.eos_id] * filling]
+
+
+def fim_prompt(tok, prefix_ids, suffix_ids):
+    """What stands before the middle of a text whose both sides are known.
+
+    Suffix, prefix, middle (SPM in Bavarian et al. 2022, arXiv 2207.14255): the middle follows the
+    prefix as it does in the text. tok.fim must not be None. Returns a list of int.
+    """
+    bos = [] if tok.bos_id is None else [tok.bos_id]
+    prefix, suffix, middle = tok.fim
+    return [*bos, suffix, *suffix_ids, prefix, *prefix_ids, middle]
+
+
+# --- files and texts ------------------------------------------------------------------------------
+
 def dtype_for(vocab_size):
     """The type of token ids in a data folder's .bin files."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
@@ -391,102 +461,3 @@ def as_tiktoken(hf):
         return None
     return tiktoken.Encoding("tokenizer.json", pat_str=SPLIT, mergeable_ranks=ranks,
                              special_tokens={})
-
-
-# --- chat templates: other people's programs ------------------------------------------------------
-
-TEMPLATE_SECONDS = 20  # for one chat, Python's and jinja2's start included
-TEMPLATE_LIMITS = 2**31, 10**6  # bytes of address space, where the system can limit it; characters
-
-
-def render(template, values):
-    """What a jinja2 template writes, set up as transformers has it. values: a dict for JSON.
-
-    A template comes with a downloaded folder. jinja2's sandbox keeps it from files and from
-    Python; nothing in jinja2 keeps it from nested loops and texts without end. So it runs in a
-    process of its own, with limits of time and memory, kept for the next chat: a millisecond each.
-    Works in any thread. Raises Mistake where the template fails or meets a limit.
-    """
-    request = json.dumps([template, values])
-    with one_at_a_time:
-        process = worker_process()
-        timer = threading.Timer(TEMPLATE_SECONDS, process.kill)
-        timer.start()
-        try:
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        except BaseException:  # Ctrl-C: the answer to come must not be taken for the next chat's
-            process.kill()
-            process.wait()
-            raise
-        finally:
-            timer.cancel()
-            timer.join()
-        if not answer.endswith("\n"):
-            process.kill()
-            process.wait()
-            raise Mistake(f"it was stopped after {TEMPLATE_SECONDS} seconds, or its process ended")
-    text, error = json.loads(answer)
-    if error:
-        raise Mistake(error)
-    return text
-
-
-one_at_a_time = threading.Lock()
-workers = {}  # {id of the process that uses it: the worker}: a fork must not share its pipes
-
-
-def worker_process():
-    """This process's renderer, started where there is none."""
-    process = workers.get(os.getpid())
-    if process is None or process.poll() is not None:
-        source = inspect.getsource(answer_requests) + f"answer_requests{TEMPLATE_LIMITS}"
-        process = subprocess.Popen(
-            [sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, encoding="utf-8", cwd=Path(__file__).parent,
-            start_new_session=True)  # Ctrl-C is for the parent; at its end the worker's input ends
-        workers[os.getpid()] = process
-    return process
-
-
-def answer_requests(memory, characters):
-    """The worker's program: read [template, values] a line, write [text, error] a line."""
-    import json
-    import sys
-    from datetime import datetime
-    from functools import cache, partial
-
-    def raise_exception(message):
-        raise ValueError(message)
-
-    @cache
-    def compiled(template):
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
-        env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's escapes HTML
-        env.globals["raise_exception"] = raise_exception
-        env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return env.from_string(template)
-
-    try:
-        import resource
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    except (ImportError, ValueError, OSError):  # Windows, macOS: the limit of time still holds
-        pass
-    for line in sys.stdin:
-        try:
-            template, values = json.loads(line)
-            text = compiled(template).render(**values)
-            answer = [text, None]
-            if len(text) > characters:
-                answer = [None, f"it writes {len(text):,} characters, more than {characters:,}"]
-        except MemoryError:
-            answer = [None, f"it needs more than {memory:,} bytes of memory"]
-        except Exception as error:  # whatever the template's own code runs into
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            answer = [None, first_line]
-        print(json.dumps(answer), flush=True)

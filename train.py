@@ -44,10 +44,11 @@ class Config:
     seed: Seed = 1337  # of the weights, the data order and the noise
     # data
     data: Name = "data/stdlib"  # folder that a prepare.py wrote
-    context: Int(2, 2**24) = 256  # T: clean tokens per row
+    context: Int(8, 2**24) = 256  # T: clean tokens per row, a multiple of 8
     batch_tokens: Int(2, 2**28) = 4096  # clean tokens per optimizer step, over all rows
     micro_batch: Int(1, 2**20) = 16  # rows per forward pass of one process; more accumulate
     cross_document: bool = False  # True: a row's documents see each other (Stable-DiffCoder)
+    fim_rate: Float(0, 1) = 0.0  # share of documents as suffix, prefix, middle (loader.rearranged)
     # model (with init_from=FOLDER: that folder's sizes)
     vocab_size: Int(0, 2**24) = 0  # rows of the embedding; 0: as many as the tokenizer has ids
     bos_token: str = ""  # name of the token that begins a document; empty: the tokenizer's, if any
@@ -117,10 +118,7 @@ FREE = ("init_from", "resume", "out", "data", "threads", "dtype", "device")
 
 def check(cfg):
     """Settings that cannot go together, found before anything is loaded."""
-    if cfg.batch_tokens % cfg.context:
-        near = max(1, round(cfg.batch_tokens / cfg.context)) * cfg.context
-        raise Mistake(f"batch_tokens={cfg.batch_tokens} must be a multiple of "
-                      f"context={cfg.context}, such as {near}")
+    loader.check_rows(cfg.context, cfg.batch_tokens)
     if cfg.min_lr > cfg.lr:
         raise Mistake(f"min_lr={cfg.min_lr:g} is above lr={cfg.lr:g}, so the learning rate would "
                       f"rise at the end; give --min_lr={cfg.lr / 10:g} or another below lr")
@@ -130,7 +128,7 @@ def model_and_tokenizer(cfg, given, folder):
     """The model's config and tokenizer: of `folder`, or of the settings where that is None."""
     data = huggingface.load_tokenizer(cfg.data)
     if folder is None:
-        tok = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token)
+        tok = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token, cfg.fim_rate > 0)
         sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)}
         sizes["vocab_size"] = cfg.vocab_size or tok.vocab_size
         model_cfg = ModelConfig(**sizes)
@@ -139,7 +137,7 @@ def model_and_tokenizer(cfg, given, folder):
                           f"the tokenizer in {cfg.data}; 0 takes as many")
     else:
         model_cfg, tok, _ = huggingface.read_description(folder, cfg.mask_token, cfg.bos_token,
-                                                         objective="ar")
+                                                         cfg.fim_rate > 0, objective="ar")
         check_fits(cfg, given, folder, model_cfg)
         huggingface.check_weights(folder, model_cfg)  # before memory is allocated for them
         vocabulary = tok.hf.get_vocab()  # it may have a <mask> that the data's has not
@@ -150,6 +148,7 @@ def model_and_tokenizer(cfg, given, folder):
     if data.bos_id != tok.bos_id:  # the model would never see how its prompts begin
         raise Mistake(f"documents begin with {data.bos_id} in {cfg.data} and with {tok.bos_id} for "
                       "the model: prepare the data with the same --bos_token")
+    tok.fim_trained = tok.fim_trained or cfg.fim_rate > 0
     return model_cfg, tok
 
 
@@ -206,7 +205,8 @@ def train(cfg, given, world, run):
     recipe = Recipe.of(cfg, tok.mask_id, tok.pad_id)
     windows = partial(loader.Windows, cfg.data, T=cfg.context, vocab_size=tok.vocab_size,
                       cross_document=cfg.cross_document)
-    train_data, val_data = windows(split="train"), windows(split="val")
+    train_data = windows(split="train", fim_rate=cfg.fim_rate, tok=tok)
+    val_data = windows(split="val")  # never rearranged: its scores stay comparable
     held_out = val_data.batch(val_data.spread(cfg.eval_windows))
     plan.check_memory(model_cfg, cfg.optimizer, world.device.type)
     model = parallel.build(model_cfg, world, dtype, cfg)

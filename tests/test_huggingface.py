@@ -457,10 +457,36 @@ def test_an_exported_folder_says_by_itself_what_it_is(folders, tmp_path, command
     check_same_bits(tensors(folders[name]), tensors(tmp_path / "ours"))
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
         "config.json",
+        "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
+
+
+@pytest.mark.parametrize(
+    "ends, expected",
+    [(2, {0, 2}), ([0, 1], {0, 1, 2}), ([1, -1, 10**6, None], {0, 1, 2}), (None, {0, 2})],
+)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_exported_folder_ends_texts_where_the_folder_did(
+    folders, tmp_path, command, ends, expected, file
+):
+    """Where eos is id 0, a list in either file, and <|im_end|>, id 2, by its name."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(folders["Seed-Coder"], theirs)
+    change(theirs / file, eos_token_id=ends)
+    assert load_tokenizer(theirs).stop_ids == expected
+    for n in (1, 2):  # an export of the export too
+        came_from = theirs if n == 1 else tmp_path / "1"
+        assert command(huggingface.main, "export", came_from, f"--to={tmp_path / str(n)}") == 0
+        tok = load_tokenizer(tmp_path / str(n))
+        assert tok.stop_ids == expected and tok.eos_id == 0
+    read = transformers.GenerationConfig.from_pretrained(tmp_path / "2")
+    assert (set(read.eos_token_id), read.bos_token_id, read.pad_token_id) == (expected, None, 0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "2")
+    assert set(model.generation_config.eos_token_id) == expected
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=3).shape[0] == 1
 
 
 def test_an_export_may_be_told_another_objective_and_a_new_mask(folders, tmp_path, command):
@@ -1198,6 +1224,7 @@ def test_a_name_on_the_hub_is_fetched_once_without_what_is_not_read(folders, mon
     assert name == "Salesforce/CoDA-v0-Base" and "pytorch_model.bin" not in str(options)
     needed = [p.name for p in folders["CoDA"].iterdir()] + [
         "merges.txt",
+        "generation_config.json",
         "model-00001-of-00002.safetensors",
         "chat_template.jinja",
     ]

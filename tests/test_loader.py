@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configurator import Mistake
-from loader import END_BYTES, Windows, fingerprint, prefetch
+from loader import END_BYTES, Windows, check_rows, fingerprint, prefetch, rearranged
+from tokenizer import document_of, fim_prompt
 
-DOCUMENTS = st.lists(st.integers(1, 12), min_size=1, max_size=6)  # their lengths, in one shard
+LENGTH = st.integers(1, 12).map(lambda n: 8 * n)
+DOCUMENTS = st.lists(LENGTH, min_size=1, max_size=6)  # their lengths, in one shard
 SHARDS = st.lists(DOCUMENTS, min_size=1, max_size=3)
 BIG = 2**16 + 5
 
@@ -56,8 +59,9 @@ def refusal(*arguments):
 
 
 @settings(max_examples=80, deadline=None)
-@given(shards=SHARDS, T=st.integers(2, 9), vocab_size=st.sampled_from([300, 2**16, BIG]),
-       split=st.sampled_from(["train", "val"]), cross=st.booleans(), seed=st.integers(0, 99))
+@given(shards=SHARDS, T=st.sampled_from([8, 16, 24, 72]),
+       vocab_size=st.sampled_from([300, 2**16, BIG]), split=st.sampled_from(["train", "val"]),
+       cross=st.booleans(), seed=st.integers(0, 99))
 def test_a_window_is_the_shards_tokens_with_the_bounds_and_maskables_of_its_documents(
         folder, shards, T, vocab_size, split, cross, seed):
     arrays = write_shards(folder, shards, vocab_size, split, np.random.default_rng(seed))
@@ -88,21 +92,21 @@ def test_a_window_is_the_shards_tokens_with_the_bounds_and_maskables_of_its_docu
 
 
 def test_token_ids_beyond_16_bits_survive(folder):
-    write_shards(folder, [[3, 5]], BIG)
+    write_shards(folder, [[8, 8]], BIG)
     ids = [0, 1, 2**16 - 1, 2**16, 2**16 + 4, 7, 8, 9]
-    np.array(ids, np.uint32).tofile(folder / "train.bin")
-    x0 = Windows(folder, "train", 4, BIG).batch([0, 1]).x0
-    assert x0.tolist() == [[0, 1, 65535, 65536], [65540, 7, 8, 9]]
+    np.array([*ids, *ids[::-1]], np.uint32).tofile(folder / "train.bin")
+    x0 = Windows(folder, "train", 8, BIG).batch([0, 1]).x0
+    assert x0.tolist() == [ids, ids[::-1]]
 
 
 @settings(max_examples=60, deadline=None)
-@given(shards=SHARDS, T=st.integers(2, 4), rows=st.integers(1, 7), seed=st.integers(0, 2**40),
-       data=st.data())
+@given(shards=SHARDS, T=st.sampled_from([8, 16]), rows=st.integers(1, 7),
+       seed=st.integers(0, 2**40), data=st.data())
 def test_every_epoch_visits_every_window_once_and_a_step_depends_on_seed_step_and_rows_alone(
         folder, shards, T, rows, seed, data):
     shards = [[T, *lengths] for lengths in shards]  # at least a window each
-    arrays = write_shards(folder, shards, 300)  # tokens count up, so the first one is unique
-    windows = Windows(folder, "train", T, 300)
+    arrays = write_shards(folder, shards, 3000)  # tokens count up, so the first one is unique
+    windows = Windows(folder, "train", T, 3000)
     n = len(windows)
     steps = [windows.at_step(seed, s, rows) for s in range(-(-3 * n // rows))]
     visited = torch.cat([b.x0[:, 0] for b in steps])[:3 * n].view(3, n)  # an epoch per row
@@ -112,7 +116,7 @@ def test_every_epoch_visits_every_window_once_and_a_step_depends_on_seed_step_an
     assert epochs.tolist() == [0] * n + [1] * n + [2] * n
     step = data.draw(st.integers(0, len(steps) - 1))
     subset = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=rows))
-    other_process = Windows(folder, "train", T, 300)  # it saw no step before
+    other_process = Windows(folder, "train", T, 3000)  # it saw no step before
     part = other_process.at_step(seed, step, rows, subset)
     for name in ("x0", "doc_start", "doc_end", "maskable"):
         assert torch.equal(getattr(part, name), getattr(steps[step], name)[subset])
@@ -120,41 +124,246 @@ def test_every_epoch_visits_every_window_once_and_a_step_depends_on_seed_step_an
 
 
 def test_the_order_differs_by_epoch_and_by_seed_and_is_not_the_files(folder):
-    write_shards(folder, [[200]], 300)
-    windows = Windows(folder, "train", 2, 300)
+    write_shards(folder, [[800]], 1000)
+    windows = Windows(folder, "train", 8, 1000)
     orders = {tuple(windows.order(seed, epoch)) for seed in (0, 1, 2**33) for epoch in (0, 1, 2)}
     assert len(orders) == 9 and tuple(range(100)) not in orders
-    assert np.array_equal(windows.order(1, 2), Windows(folder, "train", 2, 300).order(1, 2))
+    assert np.array_equal(windows.order(1, 2), Windows(folder, "train", 8, 1000).order(1, 2))
 
 
 def test_the_order_of_a_seed_stays_the_same_over_versions_of_this_file(folder):
-    write_shards(folder, [[20]], 300)
-    windows = Windows(folder, "train", 2, 300)
+    write_shards(folder, [[80]], 300)
+    windows = Windows(folder, "train", 8, 300)
     assert windows.order(1337, 0).tolist() == [1, 0, 8, 2, 3, 7, 6, 5, 4, 9]
     assert windows.order(2**62, 3).tolist() == [6, 8, 7, 1, 5, 2, 0, 3, 9, 4]
 
 
 @pytest.mark.parametrize("seed", [2**63, 2**64 - 2])
 def test_neighboring_seeds_have_different_orders_however_large_they_are(folder, seed):
-    write_shards(folder, [[200]], 300)
-    windows = Windows(folder, "train", 2, 300)
+    write_shards(folder, [[800]], 1000)
+    windows = Windows(folder, "train", 8, 1000)
     assert not np.array_equal(windows.order(seed, 0), windows.order(seed + 1, 0))
 
 
 def test_what_stands_at_a_step_far_away_needs_no_step_before_it(folder):
-    write_shards(folder, [[20]], 300)
-    b = Windows(folder, "train", 2, 300).at_step(7, 10**9, 3)
+    write_shards(folder, [[80]], 300)
+    b = Windows(folder, "train", 8, 300).at_step(7, 10**9, 3)
     assert b.epochs.tolist() == [3 * 10**9 // 10, (3 * 10**9 + 1) // 10, (3 * 10**9 + 2) // 10]
 
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 40), count=st.integers(1, 50))
 def test_windows_for_evaluation_are_spread_over_the_whole_split(folder, n, count):
-    write_shards(folder, [[2 * n]], 300)
-    numbers = Windows(folder, "train", 2, 300).spread(count)
+    write_shards(folder, [[8 * n]], 1000)
+    numbers = Windows(folder, "train", 8, 1000).spread(count)
     assert len(numbers) == len(set(numbers)) == min(n, count) and numbers[0] == 0
     assert count == 1 or numbers[-1] == n - 1
     assert count == 1 or n == 1 or np.ptp(np.diff(numbers)) <= 1
+
+
+def test_the_loaders_documents_are_those_that_were_filled(folder):
+    """Documents as prepare.py writes them, in windows that cut some of them."""
+    tok = SimpleNamespace(bos_id=0, eos_id=1)
+    documents = [document_of(tok, [2] * n) for n in range(40)]
+    write_documents(folder, documents)
+    windows = Windows(folder, "train", 24, 300)
+    whole = np.concatenate(documents)
+    starts = np.cumsum([0] + [len(d) for d in documents])
+    for number in range(len(windows)):
+        tokens, doc_start, doc_end = windows.window(number)
+        assert tokens.tolist() == whole[24 * number:24 * number + 24].tolist()
+        cuts = {s - 24 * number for s in starts if 0 < s - 24 * number < 24} | {0}
+        assert set(doc_start) == cuts and set(doc_end) == cuts - {0} | {24}
+        assert not np.any(doc_start % 8) and not np.any(doc_end % 8)
+        assert all(tokens[s] == 0 and tokens[s - 1] == 1 for s in cuts - {0})
+
+
+# --- filling in the middle ------------------------------------------------------------------------
+
+BOS, EOS, PREFIX, SUFFIX, MIDDLE = 0, 1, 5, 6, 7  # texts are of 10 and more
+
+
+def filler(has_bos=True):
+    bos_id = BOS if has_bos else None
+    return SimpleNamespace(bos_id=bos_id, eos_id=EOS, fim=(PREFIX, SUFFIX, MIDDLE))
+
+
+def write_documents(folder, documents, vocab_size=300):
+    """A train shard of these documents, lists of ids."""
+    write_shards(folder, [[len(d) for d in documents]], vocab_size)
+    np.concatenate(documents).astype(np.uint16).tofile(folder / "train.bin")
+
+
+def taken_apart(document, has_bos):
+    """(prefix, middle, suffix, number of <eos>) of an arrangement, read by its tokens alone."""
+    if has_bos:
+        assert document[0] == BOS
+    assert document[has_bos] == SUFFIX
+    for token in (PREFIX, SUFFIX, MIDDLE):
+        assert document.count(token) == 1
+    prefix, middle = document.index(PREFIX), document.index(MIDDLE)
+    end = document.index(EOS)
+    assert set(document[end:]) == {EOS}
+    return (document[prefix + 1:middle], document[middle + 1:end], document[has_bos + 1:prefix],
+            len(document) - end)
+
+
+CUT = st.floats(0, 1, exclude_max=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(length=st.integers(0, 60), has_bos=st.booleans(), begun_before=st.booleans(),
+       goes_on=st.booleans(), cuts=st.tuples(CUT, CUT), data=st.data())
+def test_prefix_middle_and_suffix_are_the_document_up_to_the_suffixes_cut_end(
+        length, has_bos, begun_before, goes_on, cuts, data):
+    tok = filler(has_bos)
+    document = document_of(tok, list(range(10, 10 + length)))
+    if begun_before:  # only what stands in the window
+        document = document[8 * data.draw(st.integers(0, len(document) // 8 - 1)):]
+    if goes_on:
+        document = document[:8 * data.draw(st.integers(1, len(document) // 8))]
+    text = [token for token in document if token >= 10]
+    made = rearranged(list(document), tok, cuts)
+    if len(text) < 8:
+        assert made == document
+        return
+    prefix, middle, suffix, filled = taken_apart(made, document[0] == BOS)
+    together = prefix + middle + suffix
+    assert len(made) == len(document) and together == text[:len(together)]
+    spare = document.count(EOS)  # three of them make room for the tokens, and one stays
+    assert len(text) - len(together) == max(0, 4 - spare) and filled == max(1, spare - 3)
+    if document[0] == BOS or not has_bos:  # as a prompt begins
+        assert made[:-filled] == fim_prompt(tok, prefix, suffix) + middle
+
+
+def test_cuts_are_uniform_over_the_places_between_tokens():
+    """Each pair of places as often as two independent uniform draws give, by chi squared."""
+    draw, n, tries = np.random.default_rng(0), 12, 40_000
+    document = document_of(filler(False), list(range(10, 10 + n)))  # 4 <eos>: nothing is lost
+    counts = np.zeros((n + 1, n + 1))
+    for cuts in draw.random((tries, 2)):
+        prefix, middle, _, _ = taken_apart(rearranged(document, filler(False), cuts), False)
+        counts[len(prefix), len(prefix) + len(middle)] += 1
+    expected = tries / (n + 1) ** 2 * np.array(
+        [[0 if b < a else 2 - (a == b) for b in range(n + 1)] for a in range(n + 1)])
+    seen = expected > 0
+    chi2 = ((counts - expected)[seen] ** 2 / expected[seen]).sum()
+    assert counts[~seen].sum() == 0
+    assert chi2 < 150  # 90 degrees of freedom: 1 in 10,000 is beyond 147; the seed is fixed
+
+
+def lengths_of(count, most=60):
+    return np.random.default_rng(3).integers(0, most, count).tolist()
+
+
+def write_texts(folder, lengths):
+    tok = filler()
+    documents = [document_of(tok, [10 + (i + j) % 250 for j in range(n)])
+                 for i, n in enumerate(lengths)]
+    write_documents(folder, documents)
+
+
+def pieces(batch, row):
+    """[(start, end)] of a row's documents."""
+    starts = batch.doc_start[row].tolist()
+    ends = batch.doc_end[row].tolist()
+    return sorted(set(zip(starts, ends)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6), rate=st.sampled_from([0.3, 1.0]),
+       cross=st.booleans(), data=st.data())
+def test_a_row_depends_on_seed_step_and_its_number_alone(folder, seed, step, rate, cross, data):
+    write_texts(folder, lengths_of(60))
+    args = (folder, "train", 64, 300, cross)
+    whole = Windows(*args, fim_rate=rate, tok=filler()).at_step(seed, step, 12)
+    plain = Windows(*args).at_step(seed, step, 12)
+    for name in ("doc_start", "doc_end", "maskable"):
+        assert torch.equal(getattr(whole, name), getattr(plain, name))
+    rows = data.draw(st.permutations(range(12)))
+    cut = data.draw(st.integers(1, 11))
+    for mine in (rows[:cut], rows[cut:]):  # two processes, in any order
+        part = Windows(*args, fim_rate=rate, tok=filler()).at_step(seed, step, 12, mine)
+        assert torch.equal(part.x0, whole.x0[mine])
+        assert part.epochs.tolist() == whole.epochs[mine].tolist()
+    if rate == 1 and not cross:
+        for row in range(12):
+            check_all_are_rearranged(plain, whole, row)
+
+
+def check_all_are_rearranged(plain, whole, row):
+    for start, end in pieces(plain, row):
+        before, after = plain.x0[row, start:end].tolist(), whole.x0[row, start:end].tolist()
+        text = [token for token in before if token >= 10]
+        if len(text) < 8:
+            assert after == before
+            continue
+        prefix, middle, suffix, _ = taken_apart(after, before[0] == BOS)
+        together = prefix + middle + suffix
+        assert together == text[:len(together)] and len(text) - len(together) <= 4
+
+
+def test_documents_are_rearranged_one_by_one_also_where_they_see_each_other(folder):
+    write_texts(folder, lengths_of(60))
+    args = dict(fim_rate=0.5, tok=filler())
+    apart = Windows(folder, "train", 64, 300, False, **args).at_step(5, 9, 12)
+    joined = Windows(folder, "train", 64, 300, True, **args).at_step(5, 9, 12)
+    assert torch.equal(apart.x0, joined.x0)
+    assert not torch.equal(apart.x0, Windows(folder, "train", 64, 300).at_step(5, 9, 12).x0)
+
+
+def test_a_document_is_rearranged_alike_whatever_stands_beside_it(folder):
+    """Its draws belong to its place in the row."""
+    length = 26  # a document of 32 with its <bos> and five <eos>
+    write_texts(folder, [length] * 2)
+    first = Windows(folder, "train", 64, 300, fim_rate=1.0, tok=filler()).at_step(3, 4, 1).x0[0]
+    write_texts(folder, [6, 6, 6, 6, length])
+    second = Windows(folder, "train", 64, 300, fim_rate=1.0, tok=filler()).at_step(3, 4, 1).x0[0]
+    places = [[len(part) for part in taken_apart(x0[32:].tolist(), True)[:3]]
+              for x0 in (first, second)]
+    assert places[0] == places[1] and (second[:32] >= 10).sum() == 24
+    other = [len(part) for part in taken_apart(first[:32].tolist(), True)[:3]]
+    assert other != places[0]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_the_share_of_rearranged_documents_is_the_rate(folder, rate):
+    """Within 4 standard errors, over independent draws; the seed is fixed."""
+    write_texts(folder, [26] * 64)  # two documents a window
+    windows = Windows(folder, "train", 64, 300, fim_rate=rate, tok=filler())
+    x0 = torch.cat([windows.at_step(11, step, 32).x0 for step in range(40)])
+    seen = (x0.view(-1, 32) == SUFFIX).any(1).double()
+    assert abs(seen.mean() - rate) < 4 * (rate * (1 - rate) / len(seen)) ** 0.5
+    by_place = seen.view(-1, 2)
+    both = by_place.prod(1).mean()  # two documents of a row are drawn independently
+    assert abs(both - rate**2) < 4 * (rate**2 * (1 - rate**2) / len(by_place)) ** 0.5
+
+
+def test_steps_seeds_and_rows_rearrange_differently(folder):
+    write_texts(folder, [26] * 2)  # one window: always the same documents
+    windows = Windows(folder, "train", 64, 300, fim_rate=1.0, tok=filler())
+    rows = [tuple(x0.tolist()) for seed in (1, 2, 2**62, 2**62 + 1) for step in (0, 1)
+            for x0 in windows.at_step(seed, step, 3).x0]
+    assert len(set(rows)) == len(rows) == 24
+
+
+def test_what_a_seed_rearranges_stays_the_same_over_versions_of_this_file(folder):
+    write_texts(folder, [26] * 2)
+    windows = Windows(folder, "train", 64, 300, fim_rate=0.7, tok=filler())
+    x0 = windows.at_step(1337, 2, 4).x0.view(-1, 32)
+    lengths = [[len(part) for part in taken_apart(document, True)[:3]] if SUFFIX in document else 0
+               for document in x0.tolist()]
+    assert lengths == [0, [8, 17, 1], [9, 6, 11], [6, 17, 3], [5, 13, 8], [6, 19, 1], [22, 2, 2],
+                       [3, 11, 12]]
+
+
+def test_windows_asked_for_by_number_are_never_rearranged(folder):
+    """Evaluation reads them so."""
+    write_texts(folder, lengths_of(60))
+    fim = Windows(folder, "train", 64, 300, fim_rate=1.0, tok=filler())
+    plain = Windows(folder, "train", 64, 300)
+    numbers = plain.spread(8)
+    assert torch.equal(fim.batch(numbers).x0, plain.batch(numbers).x0)
 
 
 # --- fingerprint ----------------------------------------------------------------------------------
@@ -230,7 +439,7 @@ def test_a_fingerprint_of_a_folder_without_a_readable_meta_is_refused(tmp_path):
 def test_a_missing_folder_or_split_says_what_makes_one(folder):
     write_shards(folder, [[8]], 300)
     for where, split in ((Path("no/such/folder"), "train"), (folder, "val")):
-        message = refusal(where, split, 4, 300)
+        message = refusal(where, split, 8, 300)
         assert f"no {split}*.bin in {where}" in message
         assert f"python -m data.stdlib.prepare --out={where}" in message
 
@@ -238,10 +447,10 @@ def test_a_missing_folder_or_split_says_what_makes_one(folder):
 def test_an_unfinished_folder_or_a_missing_index_says_to_prepare_again(folder):
     write_shards(folder, [[8]], 300)
     (folder / "train.idx").unlink()
-    assert "train.idx" in refusal(folder, "train", 4, 300)
+    assert "train.idx" in refusal(folder, "train", 8, 300)
     write_shards(folder, [[8]], 300)
     (folder / "meta.json").unlink()
-    assert "no meta.json" in refusal(folder, "train", 4, 300)
+    assert "no meta.json" in refusal(folder, "train", 8, 300)
 
 
 @settings(max_examples=40, deadline=None)
@@ -256,7 +465,7 @@ def test_a_shard_or_index_that_was_cut_short_is_noticed_and_named(folder, shards
         left = max(len(whole) - cut, 0)
     if left < len(whole):
         path.write_bytes(whole[:left])
-        message = refusal(folder, "train", 2, 300)
+        message = refusal(folder, "train", 8, 300)
         assert str(path.with_suffix(".idx")) in message and "cut short" in message
 
 
@@ -264,23 +473,23 @@ def test_a_shard_or_index_that_was_cut_short_is_noticed_and_named(folder, shards
 def test_a_shard_cut_to_nothing_or_within_a_token_is_noticed_and_named(folder, size):
     write_shards(folder, [[8]], 300)
     (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:size])
-    assert "train.bin is empty or was cut" in refusal(folder, "train", 2, 300)
+    assert "train.bin is empty or was cut" in refusal(folder, "train", 8, 300)
 
 
 @pytest.mark.parametrize("offsets", [
-    [0, 5, 5, 8], [0, 6, 5, 8], [1, 5, 8], [0, 9], [0], [8], [0, -1, 8]])
+    [0, 5, 5, 8], [0, 6, 5, 8], [1, 5, 8], [0, 9], [0, 16], [0], [8], [0, -1, 8], [0, 8, 8]])
 def test_offsets_that_cannot_be_are_refused(folder, offsets):
     write_shards(folder, [[8]], 300)
     np.array(offsets, np.int64).tofile(folder / "train.idx")
-    assert "train.idx does not fit its .bin of 8 tokens" in refusal(folder, "train", 2, 300)
+    assert "train.idx does not fit its .bin of 8 tokens" in refusal(folder, "train", 8, 300)
 
 
 def test_tokens_that_the_tokenizer_does_not_have_are_named(folder):
-    write_shards(folder, [[6, 6]], 300)
+    write_shards(folder, [[8, 8]], 300)
     tokens = np.fromfile(folder / "train.bin", np.uint16)
-    tokens[7] = 300
+    tokens[11] = 300
     tokens.tofile(folder / "train.bin")
-    windows = Windows(folder, "train", 4, 300)
+    windows = Windows(folder, "train", 8, 300)
     windows.window(0)
     with pytest.raises(Mistake, match="is damaged: it holds token 300, and its tokenizer has 300"):
         windows.window(1)
@@ -294,27 +503,52 @@ def test_tokens_that_the_tokenizer_does_not_have_are_named(folder):
 def test_a_damaged_meta_is_named(folder, meta):
     write_shards(folder, [[8]], 300)
     (folder / "meta.json").write_bytes(meta)
-    assert str(folder / "meta.json") in refusal(folder, "train", 4, 2**70)
+    assert str(folder / "meta.json") in refusal(folder, "train", 8, 2**70)
 
 
 def test_another_vocabulary_than_the_models_is_refused(folder):
     write_shards(folder, [[8]], 300)
-    assert "vocabulary of 300, the model has one of 299" in refusal(folder, "train", 4, 299)
+    assert "vocabulary of 300, the model has one of 299" in refusal(folder, "train", 8, 299)
     # a larger one has new tokens; the files stay as they are
-    assert len(Windows(folder, "train", 4, 2**16 + 1)) == 2
+    assert len(Windows(folder, "train", 8, 2**16 + 1)) == 1
 
 
 def test_a_window_longer_than_every_shard_is_refused_and_says_how_long_they_are(folder):
-    write_shards(folder, [[3, 4], [9]], 300)
-    assert len(Windows(folder, "train", 9, 300)) == 1
-    message = refusal(folder, "train", 10, 300)
-    assert "context=10 is longer than every train shard" in message and "9 tokens" in message
+    write_shards(folder, [[8, 16], [32]], 300)
+    assert len(Windows(folder, "train", 32, 300)) == 1
+    message = refusal(folder, "train", 40, 300)
+    assert "context=40 is longer than every train shard" in message and "32 tokens" in message
 
 
-@pytest.mark.parametrize("T", [1, 0, -3])
-def test_a_window_with_nothing_to_predict_is_refused(folder, T):
-    write_shards(folder, [[8]], 300)
-    assert f"context={T} must be 2 or more" in refusal(folder, "train", T, 300)
+@pytest.mark.parametrize("T, near", [(-3, "8"), (0, "8"), (1, "8"), (7, "8"), (9, "8 or 16"),
+                                     (100, "96 or 104"), (255, "248 or 256"), (-8, "8")])
+def test_a_window_that_is_not_a_multiple_of_8_is_refused_and_told_the_nearest_ones(folder, T, near):
+    write_shards(folder, [[400]], 500)
+    message = refusal(folder, "train", T, 500)
+    assert message == f"context={T} must be a multiple of 8, as documents are: give {near}"
+
+
+@pytest.mark.parametrize("T, batch_tokens, said", [
+    (32, 100, "batch_tokens=100 must be a multiple of context=32, such as 96"),
+    (32, 8, "batch_tokens=8 must be a multiple of context=32, such as 32"),
+    (30, 60, "context=30 must be a multiple of 8, as documents are: give 24 or 32"),
+    (0, 64, "context=0 must be a multiple of 8")])
+def test_steps_are_whole_windows(T, batch_tokens, said):
+    check_rows(32, 96)
+    with pytest.raises(Mistake, match=said):
+        check_rows(T, batch_tokens)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shards=SHARDS, data=st.data())
+def test_documents_that_are_not_filled_are_of_an_older_version(folder, shards, data):
+    shard = data.draw(st.integers(0, len(shards) - 1))
+    document = data.draw(st.integers(0, len(shards[shard]) - 1))
+    shards[shard][document] += data.draw(st.sampled_from([-7, -4, -1, 1, 6]))
+    write_shards(folder, shards, 5000)
+    message = refusal(folder, "train", 8, 5000)
+    assert "an older version prepared them; prepare the data again" in message
+    assert str(sorted(folder.glob("train*.idx"))[shard]) in message
 
 
 # --- prefetch -------------------------------------------------------------------------------------

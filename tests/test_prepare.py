@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tokenizer
+from configurator import Mistake
+from data.stdlib import prepare as stdlib
 from huggingface import load_tokenizer
 from loader import Windows
 
@@ -54,9 +57,18 @@ def documents(out, split):
     return [tokens[a:b].tolist() for a, b in zip(offsets, offsets[1:])]
 
 
+def text_ids(document, bos=1, eos=1):
+    """A document without its <bos> and its <eos>, which are counted here."""
+    end = len(document)
+    while document[end - 1] == eos:
+        end -= 1
+    assert len(document) % 8 == 0 and 1 <= len(document) - end <= 8
+    return document[bos:end]
+
+
 def texts_of(out, split):
     tok = load_tokenizer(out)
-    return [tok.decode(d[1:-1]) for d in documents(out, split)]
+    return [tok.decode(text_ids(d)) for d in documents(out, split)]
 
 
 def stamps(out):
@@ -105,15 +117,19 @@ def expected_texts(split):
     return [TEXTS[p] for p in paths if held_out(p) == (split == "val")]
 
 
-def test_a_document_is_bos_a_files_tokens_and_eos_in_the_order_of_paths(prepared):
+def test_a_document_is_bos_a_files_tokens_and_eos_to_a_multiple_of_8_in_the_order_of_paths(
+        prepared):
     _, out, _ = prepared
     tok = load_tokenizer(out)
     for split in ("train", "val"):
         expected = expected_texts(split)
         ids = [[tok.bos_id, *tok.encode(text), tok.eos_id] for text in expected]
+        for document in ids:
+            while len(document) % 8:
+                document.append(tok.eos_id)
         assert documents(out, split) == ids
         assert texts_of(out, split) == expected
-        assert all(set(d[1:-1]).isdisjoint(range(4)) for d in documents(out, split))
+        assert all(set(text_ids(d)).isdisjoint(range(4)) for d in documents(out, split))
 
 
 def test_duplicates_other_encodings_empty_files_other_suffixes_and_excluded_folders_are_left_out(
@@ -178,6 +194,22 @@ def test_a_change_of_the_source_or_of_a_setting_is_noticed(copied, change):
     assert all(new > before[name] for name, new in stamps(out).items())
     if change == "a file's text":
         assert "changed = True\n" in texts_of(out, "train")
+
+
+def test_data_of_an_older_version_is_refused_by_the_loader_and_made_again(copied, monkeypatch):
+    """Its documents ended in one <eos>, whatever their length."""
+    source, out = copied
+    whole = contents(out)
+    monkeypatch.setattr(tokenizer, "MULTIPLE", 1)
+    monkeypatch.setattr(stdlib, "LAYOUT", 1)
+    words = [f"--source={source}", f"--out={out}", "--vocab_size=280", "--val_percent=40"]
+    stdlib.main(words)
+    assert all(d.count(1) == 1 for d in documents(out, "train"))
+    monkeypatch.undo()
+    with pytest.raises(Mistake, match="an older version prepared them; prepare the data again"):
+        Windows(out, "train", 16, 280)
+    assert "nothing to do" not in prepare(source, out)
+    assert contents(out) == whole
 
 
 @pytest.mark.parametrize("lost", ["meta.json", "val.idx", "tokenizer_config.json"])
@@ -274,7 +306,8 @@ def test_a_tokenizer_of_others_gives_documents_as_its_tokenizer_config_says_and_
     meta = json.loads((tmp_path / "new" / "meta.json").read_text())
     assert meta["vocab_size"] == tok.vocab_size == 281
     for split in ("train", "val"):
-        assert documents(tmp_path / "new", split) == [[*d[1:-1], 3] for d in documents(out, split)]
+        theirs_and_ours = zip(documents(tmp_path / "new", split), documents(out, split))
+        assert all(text_ids(d, 0, 3) == text_ids(e) for d, e in theirs_and_ours)
     prepare(source, tmp_path / "new")  # and in the same folder, nothing of it is left
     assert contents(tmp_path / "new") == contents(out)
 

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tokenizer
 from configurator import Mistake
 from data.stack import prepare as stack
 from data.stack.prepare import Config
@@ -111,9 +112,19 @@ def documents(out, split):
     return cut, sizes
 
 
+def text_ids(document, tok):
+    """A document without its <bos> and its <eos>, which are counted here."""
+    end = len(document)
+    while document[end - 1] == tok.eos_id:
+        end -= 1
+    assert document[0] == tok.bos_id
+    assert len(document) % 8 == 0 and 1 <= len(document) - end <= 8
+    return document[1:end]
+
+
 def texts(out, split):
     tok = load_tokenizer(out)
-    return [tok.decode(d[1:-1]) for d in documents(out, split)[0]]
+    return [tok.decode(text_ids(d, tok)) for d in documents(out, split)[0]]
 
 
 def mixture(path, *sources):
@@ -155,8 +166,7 @@ def test_every_format_gives_the_same_bytes_and_every_document_is_its_text(tmp_pa
     assert texts(out, "train") == [t for t, h in zip(wanted, held_out) if not h]
     assert texts(out, "val") == [t for t, h in zip(wanted, held_out) if h] and any(held_out)
     t = load_tokenizer(out)
-    assert all(d[0] == t.bos_id and d[-1] == t.eos_id and not {t.bos_id, t.eos_id} & set(d[1:-1])
-               for d in documents(out, "train")[0])
+    assert not any({t.bos_id, t.eos_id} & set(text_ids(d, t)) for d in documents(out, "train")[0])
 
 
 @given(st.lists(st.binary(max_size=9)), st.integers(1, 7))
@@ -249,14 +259,47 @@ def test_shards_hold_at_most_so_many_tokens_and_the_loader_reads_them(tmp_path, 
 
 
 def test_a_shard_can_be_full_to_the_last_token(tmp_path, tok):
-    length = 13
+    length = 16
     encode = load_tokenizer(tok).encode
     candidates = (f"def f(x):  # {i}" for i in range(500))
-    same = [text for text in candidates if len(encode(text)) + 2 == length]
+    same = [text for text in candidates if length - 8 < len(encode(text)) + 2 <= length]
     write_lines(tmp_path / "a.jsonl", same)
     source = str(tmp_path / "a.jsonl")
     prepare(tmp_path / "out", source=source, tokenizer=tok, shard_tokens=2 * length)
     assert set(documents(tmp_path / "out", "train")[1][:-1]) == {2 * length} and len(same) > 10
+
+
+@pytest.mark.parametrize("shard_tokens, left_out", [(15, 1), (16, 0), (17, 0)])
+def test_the_filling_counts_for_what_a_shard_holds(tmp_path, tok, shard_tokens, left_out):
+    """Ten tokens and one <bos> need a shard of 16."""
+    t = load_tokenizer(tok)
+    text = "\1\2\3\4\5\6\7\x0e\x0f\x10"  # a token each
+    assert len(t.encode(text)) == 10
+    some = (f"#{i}" for i in range(999))
+    short = [s for s in some if len(t.encode(s)) <= 6][:40]  # for both splits
+    write_lines(tmp_path / "a.jsonl", [text, *short])
+    prepare(tmp_path / "out", source=str(tmp_path), tokenizer=tok, shard_tokens=shard_tokens)
+    left = json.loads((tmp_path / "out" / "meta.json").read_text())["sources"][0]["left_out"]
+    assert left.get("too long", 0) == left_out
+    for split in ("train", "val"):
+        assert max(documents(tmp_path / "out", split)[1]) <= shard_tokens
+
+
+def test_data_of_an_older_version_is_refused(tmp_path, tok, monkeypatch):
+    """Its documents ended in one <eos>, whatever their length."""
+    write_lines(tmp_path / "a.jsonl", texts_of(40))
+    cfg, out = dict(source=f"{tmp_path}/a.jsonl", tokenizer=tok), tmp_path / "out"
+    monkeypatch.setattr(tokenizer, "MULTIPLE", 1)
+    monkeypatch.setattr(stack, "LAYOUT", 1)
+    prepare_and_die(tmp_path / "begun", 20, **cfg)
+    prepare(out, **cfg)
+    monkeypatch.undo()
+    with pytest.raises(Mistake, match="an older version prepared them"):
+        Windows(out, "train", 16, 300)
+    with pytest.raises(Mistake, match="was prepared otherwise: give another --out, or delete"):
+        prepare(out, **cfg)
+    with pytest.raises(Mistake, match="was begun with other layout"):
+        prepare(tmp_path / "begun", **cfg)
 
 
 def test_a_document_longer_than_a_shard_is_left_out(tmp_path, tok):

@@ -21,10 +21,19 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+import templates
 import tokenizer
 from configurator import Mistake
 from huggingface import load_tokenizer
-from tokenizer import KEYS, SPECIALS, byte_of_char, train_tokenizer
+from tokenizer import (
+    FIM_NAMES,
+    KEYS,
+    SPECIALS,
+    byte_of_char,
+    document_of,
+    fim_prompt,
+    train_tokenizer,
+)
 
 STDLIB = Path(os.__file__).parent
 TRAINED_ON = ["os.py", "ast.py", "json/decoder.py", "textwrap.py", "gettext.py", "smtplib.py"]
@@ -359,6 +368,163 @@ def test_token_bytes_of_a_byte_level_fallback_count_bytes_too(spec, tmp_path):
     other["normalizer"] = {"type": "NFC"}  # as in Qwen's
     tok = written(other, tmp_path)
     assert tok.token_bytes[tok.encode("naïve 日本")].sum() == len("naïve 日本".encode())
+
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+def without_bos(spec, folder):
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    return written(spec, folder)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60), has_bos=st.booleans())
+def test_a_document_is_a_text_filled_with_eos_to_a_multiple_of_8(tok, no_bos, text, has_bos):
+    t = tok if has_bos else no_bos
+    document = document_of(t, t.encode(text))
+    assert len(document) % 8 == 0 and t.decode(document) == text
+    filled = 0
+    while filled < len(document) and document[-1 - filled] == t.eos_id:
+        filled += 1
+    assert 1 <= filled <= 8 and t.eos_id not in document[:-filled]
+    begin = [t.bos_id] if has_bos else []
+    assert document[:-filled] == begin + t.encode(text)
+
+
+@pytest.fixture(scope="module")
+def no_bos(spec, tmp_path_factory):
+    return without_bos(spec, tmp_path_factory.mktemp("no_bos"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(first=st.integers(0, 40), has_bos=st.booleans(), K=st.sampled_from([2, 4, 8]))
+def test_texts_end_at_every_place_of_a_full_block(tok, no_bos, first, has_bos, K):
+    """Eight lengths in a row: the first <eos> is seen at each of K places equally often."""
+    t = tok if has_bos else no_bos
+    places = []
+    for length in range(first, first + 8):
+        document = document_of(t, [9] * length)
+        end = document.index(t.eos_id)
+        block = document[end - end % K:][:K]
+        assert len(block) == K and set(block[end % K:]) == {t.eos_id}
+        places.append(end % K)
+    assert sorted(places) == sorted(list(range(K)) * (8 // K))
+
+
+def test_a_prompt_for_the_middle_has_the_suffix_first(spec, folders, tmp_path):
+    own = load_tokenizer(written(spec, tmp_path).folder, add_fim=True)
+    prefix, suffix, middle = own.fim
+    assert (prefix, suffix, middle) == tuple(own.special_ids[name] for name in FIM_NAMES[0])
+    ids = [0, suffix, 21, 22, prefix, 11, 12, 13, middle]
+    assert fim_prompt(own, [11, 12, 13], [21, 22]) == ids
+    qwen = load_tokenizer(folders["qwen"], add_fim=True)  # without a bos
+    prefix, suffix, middle = qwen.fim
+    assert fim_prompt(qwen, [], []) == [suffix, prefix, middle]
+
+
+# --- tokens that end a text -----------------------------------------------------------------------
+
+
+def stop_names(tok):
+    return {tok.hf.id_to_token(i) for i in tok.stop_ids}
+
+
+def test_every_family_stops_at_its_ends(tok, folders):
+    assert tok.stop_ids == {tok.eos_id}
+    ends = {name: stop_names(load_tokenizer(folder)) for name, folder in folders.items()}
+    assert ends["llama3"] == {"<|eot_id|>"} and ends["seed"] == {"<[end▁of▁sentence]>"}
+    assert ends["qwen"] == ends["qwen3"] == {"<|im_end|>"}
+    assert ends["dream"] == {"<|endoftext|>", "<|im_end|>"}  # its eos and pad is the first
+
+
+@pytest.mark.parametrize("name, ids, ends", [
+    ("llama3", "<|end_of_text|>", {"<|eot_id|>", "<|end_of_text|>"}),
+    ("llama3", ["<|end_of_text|>", "<|start_header_id|>"],
+     {"<|eot_id|>", "<|end_of_text|>", "<|start_header_id|>"}),
+    ("qwen", ["<|im_end|>", "<|endoftext|>"], {"<|im_end|>"}),  # the second is its pad
+    ("seed", ["<[SEP▁TOKEN]>"], {"<[end▁of▁sentence]>", "<[SEP▁TOKEN]>"}),
+])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_all_ids_that_a_folder_calls_an_end_are_ends(folders, tmp_path, name, ids, ends, file):
+    vocabulary = load_tokenizer(folders[name]).hf.get_vocab()
+    copy = copy_of(folders[name], tmp_path)
+    number = [vocabulary[i] for i in ids] if isinstance(ids, list) else vocabulary[ids]
+    write(copy / file, {"eos_token_id": number})
+    assert stop_names(load_tokenizer(copy)) == ends
+
+
+@pytest.mark.parametrize("value", [
+    None, True, "7", 2.5, -1, 10**30, [], [None, True, -1, "x", 2.0, 10**30], [[5]], {"a": 5}])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_what_is_no_id_ends_nothing(folders, tmp_path, value, file):
+    copy = copy_of(folders["llama3"], tmp_path)
+    write(copy / file, {"eos_token_id": value})
+    assert stop_names(load_tokenizer(copy)) == {"<|eot_id|>"}
+    vocab_size = load_tokenizer(copy).vocab_size
+    write(copy / file, {"eos_token_id": [vocab_size, vocab_size - 1]})
+    assert load_tokenizer(copy).stop_ids >= {vocab_size - 1}
+    assert vocab_size not in load_tokenizer(copy).stop_ids
+
+
+def test_mask_and_pad_end_nothing_unless_the_pad_is_the_eos(folders, tmp_path):
+    copy = copy_of(folders["llama3"], tmp_path, pad_token="<|end_of_text|>")
+    tok = load_tokenizer(copy, mask_token="<|start_header_id|>")
+    write(copy / "generation_config.json", {"eos_token_id": [tok.mask_id, tok.pad_id]})
+    tok = load_tokenizer(copy, mask_token="<|start_header_id|>")
+    assert None not in (tok.mask_id, tok.pad_id) and stop_names(tok) == {"<|eot_id|>"}
+    tok = load_tokenizer(copy_of(folders["llama3"], tmp_path / "2", pad_token="<|eot_id|>"))
+    assert tok.pad_id == tok.eos_id and tok.stop_ids == {tok.eos_id}
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "{", ""])
+def test_a_generation_config_that_is_no_object_is_named(folders, tmp_path, content):
+    copy = copy_of(folders["llama3"], tmp_path)
+    (copy / "generation_config.json").write_text(content)
+    with pytest.raises(Mistake, match="generation_config.json"):
+        load_tokenizer(copy)
+
+
+# --- filling in the middle ------------------------------------------------------------------------
+
+
+def test_the_tokens_for_the_middle_are_the_folders_own_or_are_added(spec, tok, folders, tmp_path):
+    assert tok.fim is None and not tok.fim_trained
+    assert load_tokenizer(folders["seed"]).fim is None  # this copy has one of the three
+    for n, names in enumerate(FIM_NAMES):
+        hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        hf.add_tokens([AddedToken(name, normalized=False) for name in names[::-1]])  # not special
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "tokenizer.json").write_text(hf.to_str())
+        for add_fim in (False, True):
+            t = load_tokenizer(tmp_path / str(n), add_fim=add_fim)
+            assert [t.hf.id_to_token(i) for i in t.fim] == list(names)
+            assert t.vocab_size == tok.vocab_size + 3 and not t.fim_trained
+    theirs = load_tokenizer(folders["llama3"])
+    t = load_tokenizer(folders["llama3"], mask_token="<|mask|>", add_fim=True)
+    n = theirs.vocab_size
+    assert (t.mask_id, t.fim) == (n, (n + 1, n + 2, n + 3))
+    (tmp_path / "saved").mkdir()
+    t.save(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    assert saved.fim == t.fim and saved.vocab_size == t.vocab_size
+    assert t.encode("<fim_prefix>") == theirs.encode("<fim_prefix>") and t.decode(t.fim) == ""
+
+
+def test_a_mask_is_not_also_a_token_for_the_middle(spec, tmp_path):
+    hf = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    hf.add_tokens(list(FIM_NAMES[1]))
+    (tmp_path / "tokenizer.json").write_text(hf.to_str())
+    t = load_tokenizer(tmp_path, mask_token=FIM_NAMES[1][2], add_fim=True)
+    assert t.mask_id not in t.fim and t.hf.id_to_token(t.fim[0]) == FIM_NAMES[0][0]
+
+
+@pytest.mark.parametrize("value, trained", [
+    (True, True), (False, False), (1, False), ("yes", False), (None, False), (0.5, False)])
+def test_config_json_says_whether_a_model_was_trained_to_fill(folders, tmp_path, value, trained):
+    copy = copy_of(folders["llama3"], tmp_path)
+    write(copy / "config.json", {"fim_trained": value})
+    assert load_tokenizer(copy).fim_trained is trained
 
 
 # --- folders as they are published ----------------------------------------------------------------
@@ -1224,7 +1390,7 @@ def test_a_chat_template_that_would_never_end_is_stopped(
     folders, tmp_path, monkeypatch, name, thread
 ):
     """At most five seconds here; the template after it is not affected."""
-    monkeypatch.setattr(tokenizer, "TEMPLATE_SECONDS", 5)
+    monkeypatch.setattr(templates, "TEMPLATE_SECONDS", 5)
     tok = load_tokenizer(copy_of(folders["qwen"], tmp_path, chat_template=HOSTILE[name]))
     errors, began = [], time.monotonic()
 
@@ -1255,8 +1421,8 @@ def test_a_template_that_writes_millions_of_characters_is_refused(folders, tmp_p
 
 
 def test_an_interrupted_chat_is_not_the_answer_to_the_next(monkeypatch):
-    real = tokenizer.worker_process()
-    assert tokenizer.render("{{ x }}", {"x": 1}) == "1"
+    real = templates.worker_process()
+    assert templates.render("{{ x }}", {"x": 1}) == "1"
 
     class Interrupted:
         """The worker, whose answer Ctrl-C keeps from being read."""
@@ -1267,26 +1433,26 @@ def test_an_interrupted_chat_is_not_the_answer_to_the_next(monkeypatch):
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer, "worker_process", lambda: Interrupted)
+        patch.setattr(templates, "worker_process", lambda: Interrupted)
         with pytest.raises(KeyboardInterrupt):
-            tokenizer.render("{{ x }}", {"x": "first"})
-    assert tokenizer.render("{{ x }}", {"x": "second"}) == "second"
+            templates.render("{{ x }}", {"x": "first"})
+    assert templates.render("{{ x }}", {"x": "second"}) == "second"
 
 
 def test_a_chat_is_rendered_by_a_process_that_is_kept(folders):
     tok = load_tokenizer(folders["qwen"])
     first = tok.chat(CHATS[0])
-    process = tokenizer.workers[os.getpid()]
+    process = templates.workers[os.getpid()]
     began = time.monotonic()
     assert all(tok.chat(CHATS[0]) == first for _ in range(50))
-    assert tokenizer.workers[os.getpid()] is process and time.monotonic() - began < 5
+    assert templates.workers[os.getpid()] is process and time.monotonic() - began < 5
 
 
 def test_a_renderer_that_was_killed_is_started_again(folders):
     tok = load_tokenizer(folders["qwen"])
     first = tok.chat(CHATS[0])
-    tokenizer.workers[os.getpid()].kill()
-    tokenizer.workers[os.getpid()].wait()
+    templates.workers[os.getpid()].kill()
+    templates.workers[os.getpid()].wait()
     assert tok.chat(CHATS[0]) == first
 
 

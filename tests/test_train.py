@@ -73,7 +73,7 @@ def weights(out):
 
 OBJECTIVES = {
     "ar": ["--objective=ar"],
-    "block": ["--objective=block", "--u_warmup_steps=12"],
+    "block": ["--objective=block", "--u_warmup_steps=12", "--fim_rate=0.5"],
     "bidirectional": ["--objective=bidirectional", "--schedule=uniform",
                       "--strategies=((0.2,0.2,0.3),(0.3,0.3,0.5))"],
     "ar_diffusion": ["--objective=ar_diffusion", "--schedule=count", "--shift=true"],
@@ -200,7 +200,7 @@ CHANGING = [
     "--tie_embeddings=false", "--lr=0.1", "--min_lr=0.001", "--lr_warmup_steps=0",
     "--weight_decay=9", "--beta1=0.1", "--beta2=0.1", "--grad_clip=0.01", "--batch_tokens=128",
     "--d_ff=40", "--objective=bidirectional --schedule=uniform --strategies=((0,0,1),)",
-    "--objective=bidirectional --anneal_steps=9",
+    "--objective=bidirectional --anneal_steps=9", "--fim_rate=0.3", "--fim_rate=1",
 ]
 
 
@@ -458,6 +458,81 @@ def test_a_disk_that_fills_up_while_saving_loses_nothing(data_folder, tmp_path):
     assert weights(tmp_path / "run") == good and not list((tmp_path / "run").glob("*.tmp"))
 
 
+# --- filling in the middle ------------------------------------------------------------------------
+
+def described(run):
+    return script.huggingface.read_description(script.huggingface.find(run))
+
+
+def fim_words(rate, objective="block"):
+    return [f"--objective={objective}", f"--fim_rate={rate}", "--max_steps=3", "--eval_every=2",
+            "--dtype=float32"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_that_rearranges_has_three_more_tokens_and_says_so(data_folder, tmp_path, objective):
+    train(data_folder, tmp_path / "plain", *fim_words(0, objective))
+    train(data_folder, tmp_path / "fim", *fim_words(0.5, objective))
+    cfg, tok, _ = described(tmp_path / "plain")
+    assert (cfg.vocab_size, tok.fim, tok.fim_trained) == (320, None, False)
+    cfg, tok, _ = described(tmp_path / "fim")
+    assert (cfg.vocab_size, tok.fim, tok.fim_trained) == (323, (320, 321, 322), True)
+    rates = [[m["mask_rate"] for m in metrics(tmp_path / run) if "mask_rate" in m]
+             for run in ("plain", "fim")]
+    assert rates[0] == rates[1]  # the noise is the same
+    assert [m["val_tokens"] for m in metrics(tmp_path / "plain") if "val_tokens" in m] == [
+        m["val_tokens"] for m in metrics(tmp_path / "fim") if "val_tokens" in m]
+
+
+def test_held_out_windows_are_never_rearranged(data_folder, tmp_path, monkeypatch):
+    """Even with fim_rate=1 no evaluation sees one of the three tokens; every step does."""
+    scored, trained = [], []
+    evaluate, corrupt = script.evaluate, script.corrupt
+
+    def noting_evaluate(model, batch, **kwargs):
+        scored.append(batch.x0)
+        return evaluate(model, batch=batch, **kwargs)
+
+    def noting_corrupt(batch, *args):
+        trained.append(batch.x0)
+        return corrupt(batch, *args)
+
+    monkeypatch.setattr(script, "evaluate", noting_evaluate)
+    monkeypatch.setattr(script, "corrupt", noting_corrupt)
+    train(data_folder, tmp_path / "run", *fim_words(1.0))
+    assert scored and all((x0 < 320).all() for x0 in scored)
+    assert all((x0 >= 320).any() for x0 in trained)
+
+
+def test_a_model_without_rows_for_the_tokens_is_refused_and_one_with_them_goes_on(
+        data_folder, tmp_path):
+    train(data_folder, tmp_path / "full", *fim_words(0))
+    with pytest.raises(Mistake, match="323 ids, its model only 320; fim_rate may have added"):
+        train(data_folder, tmp_path / "new", f"--init_from={tmp_path / 'full'}", *fim_words(0.5))
+    with pytest.raises(Mistake, match="323 ids, its model only 320; fim_rate may have added"):
+        train(data_folder, tmp_path / "full", "--resume=true", *fim_words(0.5))
+    assert not (tmp_path / "new").exists()
+    train(data_folder, tmp_path / "roomy", "--vocab_size=328", *fim_words(0))
+    train(data_folder, tmp_path / "filler", f"--init_from={tmp_path / 'roomy'}", *fim_words(0.5))
+    train(data_folder, tmp_path / "later", f"--init_from={tmp_path / 'filler'}", *fim_words(0))
+    found = [described(tmp_path / run)[1] for run in ("roomy", "filler", "later")]
+    assert [tok.fim for tok in found] == [None, (320, 321, 322), (320, 321, 322)]
+    assert [tok.fim_trained for tok in found] == [False, True, True]
+    script.huggingface.main(["export", str(tmp_path / "filler"), f"--to={tmp_path / 'published'}"])
+    assert described(tmp_path / "published")[1].fim_trained
+
+
+def test_a_tokenizer_alone_is_not_trained(data_folder, tmp_path):
+    """Data prepared with a run's tokenizer has its tokens, but a new model has not learned them."""
+    train(data_folder, tmp_path / "run", *fim_words(0.5))
+    source = data_folder.parent / "source"
+    data = prepare(source, tmp_path / "data", f"--tokenizer={tmp_path / 'run'}",
+                   "--val_percent=25")
+    train(data, tmp_path / "new", *fim_words(0))
+    _, tok, _ = described(tmp_path / "new")
+    assert tok.fim == (320, 321, 322) and not tok.fim_trained
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 HUGE = f"1{'0' * 20}"
@@ -466,7 +541,14 @@ MISTAKES = [
     ("--n_head=3 --n_kv_head=2", "n_kv_head=2 must divide n_head=3"),
     ("--batch_tokens=100", "multiple of context=32, such as 96"),
     ("--context=10000000 --batch_tokens=10000000", "context=10000000 is longer than"),
-    ("--context=100000000 --batch_tokens=100000000", "context is an int from 2 to 16,777,216"),
+    ("--context=100000000 --batch_tokens=100000000", "context is an int from 8 to 16,777,216"),
+    ("--context=100 --batch_tokens=1000", "context=100 must be a multiple of 8, as documents are: "
+     "give 96 or 104"),
+    ("--context=9", "context=9 must be a multiple of 8, as documents are: give 8 or 16"),
+    ("--context=9 --dry_run=true", "context=9 must be a multiple of 8"),
+    ("--fim_rate=1.5", "fim_rate=1.5 does not fit: fim_rate is a float from 0 to 1"),
+    ("--fim_rate=-0.1", "fim_rate=-0.1 does not fit"),
+    ("--fim_rate=nan", "fim_rate='nan' does not fit"),
     ("--objectve=ar", "did you mean 'objective'"),
     ("--max_steps=many", "max_steps='many' does not fit: max_steps is an int"),
     ("--objective=arr", "objective is one of ar, bidirectional"),
@@ -481,8 +563,8 @@ MISTAKES = [
     ("--init_from=resume", "no checkpoint in resume"),
     ("--bos_token=<|begin|>", "documents begin with 0 in"),
     ("--device=cuda", "device='cuda' is not available"),
-    ("--context=0", "context=0 does not fit: context is an int from 2"),
-    ("--context=1", "context=1 does not fit: context is an int from 2"),
+    ("--context=0", "context=0 does not fit: context is an int from 8"),
+    ("--context=1", "context=1 does not fit: context is an int from 8"),
     ("--batch_tokens=0", "batch_tokens=0 does not fit"),
     ("--micro_batch=0", "micro_batch=0 does not fit"),
     ("--vocab_size=10", "vocab_size=10 is less than the 320 ids of the tokenizer"),

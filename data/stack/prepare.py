@@ -60,7 +60,7 @@ from configurator import Float, Int, Mistake, Name, check_fields, configure
 from data.stack.sources import list_files, read_mixture, read_texts
 from data.stdlib.prepare import find_tokenizer, open_tokenizer, shorten_blanks
 from files import read_json, read_text, write_text
-from tokenizer import SPLIT, Tokenizer, dtype_for, train_tokenizer
+from tokenizer import LAYOUT, SPLIT, Tokenizer, document_of, dtype_for, train_tokenizer
 
 
 @dataclass
@@ -96,11 +96,9 @@ def is_val(digest, percent):
 
 @lru_cache(1)
 def load_tokenizer(folder):
-    """(encode, [bos], [eos], dtype) of the tokenizer that `settle_tokenizer` left in a folder."""
+    """The Tokenizer that `settle_tokenizer` left in a folder."""
     config = read_json(folder / "tokenizer_config.json")
-    tok = Tokenizer(read_text(folder / "tokenizer.json"), config)
-    bos = [] if tok.bos_id is None else [tok.bos_id]
-    return tok.encode, bos, [tok.eos_id], dtype_for(tok.vocab_size)
+    return Tokenizer(read_text(folder / "tokenizer.json"), config)
 
 
 def make_part(stem, url, source, cfg):
@@ -108,12 +106,13 @@ def make_part(stem, url, source, cfg):
     done = stem.with_suffix(".json")
     if done.is_file():
         return read_json(done)
-    encode, bos, eos, dtype = load_tokenizer(cfg.out)
+    tok = load_tokenizer(cfg.out)
+    dtype = dtype_for(tok.vocab_size)
     left_out = Counter()
     asides = {end: stem.with_suffix(f".{os.getpid()}{end}.tmp") for end in (".bin", ".docs")}
     with open(asides[".bin"], "wb") as tokens, open(asides[".docs"], "wb") as docs:
         for text, why in read_texts(url, source, cfg.max_chars):
-            document = [] if why else bos + encode(text) + eos
+            document = [] if why else document_of(tok, tok.encode(text))
             if len(document) > cfg.shard_tokens:
                 why = "too long"
             if why:
@@ -504,7 +503,7 @@ def plan_of(cfg, sources):
         tok = open_tokenizer(cfg.tokenizer, cfg.bos_token)
         tokenizer = f"{tok.json}{tok.bos_id}{tok.eos_id}"
     settings = ("tokens", "vocab_size", "bos_token", "val_percent", "max_chars", "shard_tokens")
-    plan = {key: getattr(cfg, key) for key in settings}
+    plan = {"layout": LAYOUT} | {key: getattr(cfg, key) for key in settings}
     plan["tokenizer"] = hashlib.sha256(tokenizer.encode()).hexdigest()
     plan["sources"] = [{key: source[key] for key in source if key not in ("license", "note")}
                        for source in sources]

@@ -6,8 +6,9 @@
 
 Writes train.bin and val.bin (token ids, uint16 or uint32), train.idx and val.idx (where each
 document starts, and the end: int64), the tokenizer's files and meta.json. A document is <bos> if
-the tokenizer has one, a file's tokens, <eos>. A file goes to train or val by a hash of its path, so
-the split is the same every time. If nothing has changed since the last run, it does nothing.
+the tokenizer has one, a file's tokens, and <eos> until its length is a multiple of 8. A file goes
+to train or val by a hash of its path, so the split is the same every time. If nothing has changed
+since the last run, it does nothing.
 
 Not covered: corpora that do not fit in memory, near-duplicates, licenses.
 """
@@ -27,7 +28,7 @@ import numpy as np
 
 from configurator import Float, Int, Mistake, Name, configure
 from files import read_json, replacing, write_text
-from tokenizer import SPLIT, dtype_for, train_tokenizer
+from tokenizer import LAYOUT, SPLIT, document_of, dtype_for, train_tokenizer
 
 
 @dataclass
@@ -129,8 +130,7 @@ def train_alone(texts, vocab_size):
 
 def write_split(out, split, texts, tok):
     """Write <split>.bin and <split>.idx of these texts. Returns what meta.json records of them."""
-    bos = [] if tok.bos_id is None else [tok.bos_id]
-    documents = [[*bos, *ids, tok.eos_id] for ids in tok.encode_batch(texts)]
+    documents = [document_of(tok, ids) for ids in tok.encode_batch(texts)]
     dtype = dtype_for(tok.vocab_size)
     tokens = np.concatenate([np.array(d, dtype) for d in documents])
     offsets = np.cumsum([0] + [len(d) for d in documents], dtype=np.int64)  # (documents + 1,)
@@ -172,7 +172,7 @@ def main(argv=None):
     files = read_files(source, cfg.suffix)
     tok = open_tokenizer(find_tokenizer(cfg.tokenizer)) if cfg.tokenizer else None
     tokenizer = (tok.json, tok.bos_id, tok.eos_id) if tok else (SPLIT, cfg.vocab_size)
-    depends_on = (files, cfg.suffix, cfg.val_percent, tokenizer)
+    depends_on = (LAYOUT, files, cfg.suffix, cfg.val_percent, tokenizer)
     fingerprint = hashlib.sha256(repr(depends_on).encode()).hexdigest()
     if is_unchanged(out, fingerprint):
         print(f"{out}: nothing to do, {len(files)} files unchanged")

@@ -10,8 +10,8 @@ is all that block diffusion needs. BD3-LM and SDAR give the same mask to flex-at
 builds a block mask for every packing. TileLang's block-diffusion example has fixed blocks of one
 length; FlashInfer's block-extend serves inference only.
 
-Not covered: dropout, additive biases. A head_dim above 256, and queries against a longer KV cache,
-take the PyTorch path.
+Not covered: dropout, additive biases. A head_dim above 256 takes the PyTorch path. Decoding's
+queries against a KV cache (CacheSpans) are one call of PyTorch's SDPA, on every device.
 """
 import functools
 import os
@@ -21,6 +21,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+
+from spans import CacheSpans
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in Python, on CPU tensors: for tests
 triton, tl = None, SimpleNamespace(constexpr=lambda value: value)  # the kernels are then only text
@@ -40,17 +42,15 @@ def attention(q, k, v, spans):
     """Softmax attention of every query over the keys its span names, scaled by 1/√head_dim.
 
     q: (B, n_head, Q, head_dim). k, v: (B, n_kv_head, S, head_dim), n_kv_head dividing n_head (GQA).
-    Q = S = T, or 2T as [xt ; x0] where spans.noisy. There are two cases of fewer queries than keys:
-    where spans.noisy, Q = T asks for the noisy half alone, against all the keys; and against a KV
-    cache, spans of the Q queries count positions among the S keys.
+    spans: Spans, with Q = S = T, or 2T as [xt ; x0] where they are noisy; there Q = T asks for the
+    noisy half alone, against all the keys. Or CacheSpans, with S slots.
     Returns (B, n_head, Q, head_dim). A query that sees no key gets zeros.
     """
-    T = spans.doc_start.shape[1]
-    in_cache = k.shape[2] - (2 * T if spans.noisy else T)
+    if isinstance(spans, CacheSpans):
+        return grouped_attention(q, k, v, spans.mask)
     # beyond, the kernel's offsets in a row of the batch pass 2^31, or its tiles CUDA's largest grid
     too_long = k.shape[2] * q.shape[1] * q.shape[3] >= 2**31 or k.shape[2] >= 2**19
-    tiled = in_cache or too_long or q.dtype != k.dtype
-    if tiled or why_tiled(q.device.type, q.dtype, q.shape[3]):
+    if too_long or q.dtype != k.dtype or why_tiled(q.device.type, q.dtype, q.shape[3]):
         return tiled_attention(q, k, v, spans)
     return kernel_forward(q, k, v, spans.stacked(), spans.noisy)[0]
 

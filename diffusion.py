@@ -15,7 +15,7 @@ attends to whom (`spans_for`), and where the model's prediction of a token is re
 Every draw is a function of (seed, step, global row) alone, by a counter-based generator (Philox),
 one row at a time: world size, accumulation, resume and device change nothing.
 
-Not covered: decoding (sample.py), continuous-time schedules other than the linear one (u = t).
+Not covered: decoding (decode.py), continuous-time schedules other than the linear one (u = t).
 """
 import math
 from contextlib import nullcontext
@@ -102,10 +102,10 @@ class Recipe:
         return sizes[self.objective]
 
     @property
-    def decoding_block(self):
-        """Tokens decoded together: K, 1, or None (the whole text).
+    def causal_block(self):
+        """Tokens written before all tokens to their right: K, 1, or None (the whole text).
 
-        `ar_diffusion` differs from its attention's block: its attention is causal, but any masked
+        It is attention's block, but for `ar_diffusion`: its attention is causal, and any masked
         token of the text may be written next.
         """
         return {"ar": 1, "block": self.block_size}.get(self.objective)

@@ -10,6 +10,7 @@ tensors need no translation.
 Not covered: many processes (parallel.py), dropout, mixture of experts, scaled RoPE variants.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention_kernel import attention
 from configurator import Float, Int, Mistake, check_fields
+from spans import CacheSpans
 
 LOGITS_AT_ONCE = 2**26  # 256 MB: float32 logits of one chunk of the loss
 
@@ -64,8 +66,12 @@ def rope_angles(positions, head_dim, theta):
 
 def rotate(x, cos, sin):
     """x (B, heads, S, head_dim) rotated; channel c is paired with c + head_dim/2, as in Llama."""
-    a, b = x.float().chunk(2, -1)
+    a, b = at_least_float32(x).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Attention(nn.Module):
@@ -91,7 +97,7 @@ class Attention(nn.Module):
         q = rotate(q, cos[:, :, :queries], sin[:, :, :queries])
         k = rotate(k, cos, sin)
         if cached is not None:
-            k, v = cached(k, v)  # (B, n_kv_head, cache length + S, head_dim)
+            k, v = cached(k, v)  # (B, n_kv_head, S or the cache's slots, head_dim)
         out = attention(q, k, v, spans)  # (B, n_head, queries or S, head_dim)
         out = out.transpose(1, 2).flatten(2)  # (B, queries or S, n_head · head_dim)
         return self.o_proj(rows(out, read))
@@ -172,11 +178,12 @@ class Transformer(nn.Module):
             std /= (2 * self.cfg.n_layer) ** 0.5
         return torch.empty(shape).normal_(std=std)
 
-    def forward(self, tokens, spans, cache=None, queries=None, read=None):
+    def forward(self, tokens, spans, cache=None, slots=None, queries=None, read=None):
         """Hidden states after the final norm.
 
-        tokens: (B, S) int64. spans: Spans of these S positions. cache: a KVCache whose first
-        `cache.length` positions come before them; theirs are written behind.
+        tokens: (B, S) int64. spans: Spans of these S tokens, or CacheSpans.
+        cache: a KVCache that takes their keys and values, at `slots` (B, S) int64. With Spans the
+        tokens see each other alone, with CacheSpans they see the cache, themselves included.
         The last block can skip positions that nobody reads:
         queries: int, only the first `queries` positions of each row (the noisy half); None: all.
         read: (N,) int64, of those only the ones listed, as row · queries + position.
@@ -185,7 +192,9 @@ class Transformer(nn.Module):
         angles = rope_angles(spans.positions, self.cfg.head_dim, self.cfg.rope_theta)
         x = self.embed_tokens(tokens)  # (B, S, d_model)
         for i, layer in enumerate(self.layers):
-            cached = cache.of_layer(i) if cache is not None else None
+            cached = None
+            if cache is not None:
+                cached = partial(cache.extend, i, slots, isinstance(spans, CacheSpans))
             if i < len(self.layers) - 1:
                 x = layer(x, spans, angles, cached)
             else:
@@ -198,8 +207,8 @@ class Transformer(nn.Module):
         return (self.embed_tokens if self.cfg.tie_embeddings else self.lm_head).weight
 
     def logits(self, hidden):
-        """hidden (..., d_model) -> (..., vocab_size) float32."""
-        return F.linear(hidden, self.head).float()
+        """hidden (..., d_model) -> (..., vocab_size) float32; float64 where the weights are."""
+        return at_least_float32(F.linear(hidden, self.head))
 
     def token_loss(self, hidden, targets):
         """Cross entropy of each position, in nats, without ever holding all logits.
@@ -219,27 +228,34 @@ class Transformer(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens decoded so far, for every layer, in buffers of a fixed size.
+    """Keys and values for every layer, in a fixed number of slots that are overwritten in place.
 
-    A forward of S tokens writes theirs at [length, length + S) and attends to all before. The
-    caller then moves `length` over those that are final; the next forward overwrites the rest.
+    Which slots a forward writes, and which ones its queries see, is up to the caller.
     """
 
-    def __init__(self, cfg, batch, size):
-        self.shape = (cfg.n_layer, batch, cfg.n_kv_head, size, cfg.head_dim)
-        self.k = self.v = None  # made by the first forward, which knows device and dtype
-        self.length = 0
+    def __init__(self, model, batch, slots):
+        cfg = model.cfg
+        self.slots = slots
+        shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.head_dim)
+        # zeros, since a masked slot has weight 0 in attention, and 0 times NaN is NaN
+        self.k = model.embed_tokens.weight.new_zeros(shape)
+        self.v = torch.zeros_like(self.k)
 
-    def of_layer(self, i):
-        """A function (k, v) of S new tokens -> (k, v) of all tokens up to and including them."""
-        def extend(k, v):
-            if self.k is None:
-                self.k, self.v = k.new_empty(self.shape), v.new_empty(self.shape)
-            end = self.length + k.shape[2]
-            self.k[i, :, :, self.length:end] = k
-            self.v[i, :, :, self.length:end] = v
-            return self.k[i, :, :, :end], self.v[i, :, :, :end]
-        return extend
+    def extend(self, layer, slots, seen, k, v):
+        """Write k, v (B, n_kv_head, S, head_dim) of S new tokens at `slots` (B, S).
+
+        Returns the keys and values that the tokens see: the whole cache if `seen`, else k and v.
+        """
+        at = slots[:, None, :, None].expand_as(k)
+        self.k[layer].scatter_(2, at, k)
+        self.v[layer].scatter_(2, at, v)
+        if seen:
+            return self.k[layer], self.v[layer]
+        return k, v
+
+    def keep(self, rows):
+        """Drop all rows of the batch but these, (b,) int64."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
 # --- where it runs -------------------------------------------------------------------------------

@@ -32,17 +32,15 @@ class Spans:
 
     doc_start, doc_end, block_start, block_end: (B, T) int32, positions in the row.
     noisy: True where the sequence is [xt ; x0], 2T tokens; False where it is T clean tokens alone.
-    offset: the position of the first token. It is not 0 where a KV cache holds the keys before it.
     """
     doc_start: torch.Tensor
     doc_end: torch.Tensor
     block_start: torch.Tensor
     block_end: torch.Tensor
     noisy: bool = False
-    offset: int = 0
 
     @classmethod
-    def of(cls, doc_start, doc_end, block_size=None, noisy=False, offset=0):
+    def of(cls, doc_start, doc_end, block_size=None, noisy=False):
         """Documents cut into blocks of `block_size` tokens; None makes each document one block.
 
         Blocks are counted from the document's first token, and its end cuts the last one.
@@ -50,14 +48,14 @@ class Spans:
         Raises Mistake for a block_size below 1.
         """
         if block_size is None:
-            return cls(doc_start, doc_end, doc_start, doc_end, noisy, offset)
+            return cls(doc_start, doc_end, doc_start, doc_end, noisy)
         if block_size < 1:
             raise Mistake(f"block_size={block_size} must be 1 or more: 1 is causal attention")
-        i = row_positions(doc_start, offset)
+        i = row_positions(doc_start)
         block_start = i - (i - doc_start) % block_size
         block_start = torch.minimum(block_start, doc_end)
         block_end = torch.minimum(block_start + block_size, doc_end)
-        return cls(doc_start, doc_end, block_start, block_end, noisy, offset)
+        return cls(doc_start, doc_end, block_start, block_end, noisy)
 
     @classmethod
     def annealed(cls, doc_start, doc_end, right):
@@ -81,7 +79,7 @@ class Spans:
 
         A noisy token has the place of its clean twin.
         """
-        places = (row_positions(self.doc_start, self.offset) - self.doc_start).long()  # (B, T)
+        places = (row_positions(self.doc_start) - self.doc_start).long()  # (B, T)
         if self.noisy:
             return torch.cat([places, places], 1)
         return places
@@ -104,7 +102,7 @@ class Spans:
     def sees(self, queries, clean_keys, noisy_keys=(0, 0), noisy=False):
         """(B, queries, keys) bool: which of these keys these queries see, clean keys first.
 
-        queries, clean_keys, noisy_keys: (from, to) positions; queries count from `offset`.
+        queries, clean_keys, noisy_keys: (from, to) positions.
         noisy: the queries are tokens of xt, not of x0. Clean queries see no noisy keys.
         """
         rows = slice(*queries)
@@ -118,16 +116,15 @@ class Spans:
         return torch.cat([past, own_block], 2)
 
     def dense_mask(self):
-        """(B, S, offset + S) bool, True where a query (dim 1) sees a key (dim 2).
+        """(B, S, S) bool, True where a query (dim 1) sees a key (dim 2).
 
         S is T, or 2T where `noisy`. This is the reference, quadratic in memory.
         """
         T = self.doc_start.shape[1]
-        everything = (0, self.offset + T)
-        clean = self.sees((0, T), everything)
+        clean = self.sees((0, T), (0, T))
         if not self.noisy:
             return clean
-        noisy = self.sees((0, T), everything, everything, noisy=True)
+        noisy = self.sees((0, T), (0, T), (0, T), noisy=True)
         noisy = torch.cat([noisy[..., T:], noisy[..., :T]], 2)  # (B, T, 2T), noisy keys first
         clean = F.pad(clean, (T, 0))
         return torch.cat([noisy, clean], 1)
@@ -168,10 +165,34 @@ class Spans:
         return tiles
 
 
-def row_positions(doc_start, offset=0):
+@dataclass(frozen=True, eq=False)
+class CacheSpans:
+    """Queries of decoding, whose keys lie in the slots of a KV cache (model.KVCache).
+
+    A query sees the slots [past_start, past_end), and [own_start, own_end): the two intervals that
+    a noisy token has above. Where one is enough, the second is empty.
+    positions: (B, Q) int64, each query's place in its document. The rest: (B, Q) integers.
+    slots: how many the cache has.
+    """
+    positions: torch.Tensor
+    past_start: torch.Tensor
+    past_end: torch.Tensor
+    own_start: torch.Tensor
+    own_end: torch.Tensor
+    slots: int
+
+    @cached_property
+    def mask(self):
+        """(B, 1, Q, slots) bool, True where a query sees a slot."""
+        past = between(self.past_start, self.past_end, (0, self.slots))
+        own = between(self.own_start, self.own_end, (0, self.slots))
+        return (past | own)[:, None]
+
+
+def row_positions(doc_start):
     """(T,) int32: where the tokens of doc_start (B, T) stand in their row."""
     T = doc_start.shape[1]
-    return torch.arange(offset, offset + T, dtype=torch.int32, device=doc_start.device)
+    return torch.arange(T, dtype=torch.int32, device=doc_start.device)
 
 
 def between(start, end, keys):

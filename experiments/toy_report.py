@@ -24,8 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 import huggingface
-import sample
 from configurator import Float, Int, Mistake, Name, configure, shortened
+from decode import Decoding, generate
 from files import read_json, read_text, write_text
 from loader import Windows
 
@@ -192,9 +192,11 @@ def table_row(name, run):
 
 def completion(prompt, model, tok, recipe, report):
     """Markdown: a prompt and what the model writes after it. report: this script's settings."""
-    cfg = sample.Config(prompt=prompt, max_new_tokens=report.max_new_tokens,
-                        temperature=report.temperature)
-    (ids,), _ = sample.generate(model, tok, recipe, sample.prompt_ids(cfg, tok, model), cfg)
+    ids = tok.encode(prompt)
+    if tok.bos_id is not None:
+        ids = [tok.bos_id, *ids]
+    how = Decoding(temperature=report.temperature)
+    [ids] = generate(model, tok, recipe, [ids], how, report.max_new_tokens)
     return f"\n```python\n{prompt}{tok.decode(ids)}\n```"
 
 

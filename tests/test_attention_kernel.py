@@ -20,7 +20,7 @@ from attention_kernel import attention
 from configurator import Mistake
 from diffusion import Recipe, spans_for
 from model import ModelConfig, Transformer
-from spans import Spans
+from spans import CacheSpans, Spans
 
 ROOT = Path(__file__).parent.parent
 
@@ -184,10 +184,13 @@ def test_queries_against_a_cache(K):
     doc_start, doc_end = packed([5, 18], [23])
     q, k, v = (torch.randn(2, heads, 23, 8) for heads in (4, 2, 2))
     whole = attention(q, k, v, Spans.of(doc_start, doc_end, K))
-    for offset in (1, 5, 13, 22):
-        last = Spans.of(doc_start[:, offset:], doc_end[:, offset:], K, offset=offset)
-        tail = attention(q[:, :, offset:], k, v, last)
-        torch.testing.assert_close(tail, whole[:, :, offset:])
+    spans = Spans.of(doc_start, doc_end, K)
+    for first in (1, 5, 13, 22):
+        zero = torch.zeros(2, 23 - first, dtype=torch.int32)
+        last = CacheSpans(spans.positions[:, first:], spans.doc_start[:, first:],
+                          spans.block_end[:, first:], zero, zero, 23)
+        tail = attention(q[:, :, first:], k, v, last)
+        torch.testing.assert_close(tail, whole[:, :, first:])
 
 
 # --- the whole model ------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from diffusion import Draw, Recipe, corrupt, weighted_loss
 from loader import Batch
 from model import ModelConfig, Transformer
 from parallel import recompute_blocks
-from spans import Spans
+from spans import CacheSpans, Spans
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -299,7 +299,8 @@ def test_the_kernel_is_what_attention_runs_and_a_cache_takes_the_other_path(monk
     q, k, v, _ = draw_qkv(spans, 1, 1, 16)
     attention(q, k, v, spans)
     assert called == [12]
-    last = Spans.of(spans.doc_start[:, 8:], spans.doc_end[:, 8:], 4, offset=8)
+    last = CacheSpans(spans.positions[:, 8:], spans.doc_start[:, 8:], spans.block_end[:, 8:],
+                      spans.doc_start[:, 8:], spans.doc_start[:, 8:], 12)
     assert attention(q[:, :, 8:], k, v, last).shape == (1, 1, 4, 16) and called == [12]
     spans = spans_of([[12]], 4, True, None)
     q, k, v, _ = draw_qkv(spans, 1, 1, 16, noisy_only=True)

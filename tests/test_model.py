@@ -18,7 +18,7 @@ import model as model_file
 from configurator import Mistake
 from diffusion import Recipe
 from model import KVCache, ModelConfig, Transformer, rope_angles, rotate
-from spans import Spans
+from spans import CacheSpans, Spans
 from tokenizer import train_tokenizer
 
 transformers.logging.set_verbosity_error()
@@ -244,6 +244,14 @@ def test_the_hidden_states_that_are_read_are_those_of_the_whole_forward(n_layer,
 
 # --- KV cache ------------------------------------------------------------------------------------
 
+def from_to(a, b, total, K, cache):
+    """CacheSpans and slots of the columns a to b of two rows of one document."""
+    column = torch.arange(a, b).expand(2, b - a)
+    zero = torch.zeros_like(column)
+    block_end = (column // K * K + K).clamp(max=total)
+    return CacheSpans(column, zero, block_end, zero, zero, cache.slots), column
+
+
 @settings(max_examples=40, deadline=None)
 @given(K=st.integers(1, 5), total=st.integers(1, 24), family=st.sampled_from([*FAMILIES]),
        data=st.data())
@@ -252,13 +260,13 @@ def test_chunks_of_whole_blocks_through_the_cache_are_the_full_forward(K, total,
     net = ours(**FAMILIES[family])
     tokens = random_tokens(2, total, seed=total)
     full = net(tokens, spans_of([total], K, rows=2))
-    cache = KVCache(net.cfg, 2, total)
-    # what was never written must never be read
-    cache.k, cache.v = torch.full((2, *cache.shape), float("nan"))
+    cache = KVCache(net, 2, total + 3)
+    cache.k.fill_(1e4)  # what was never written must never be read
+    cache.v.fill_(1e4)
 
     def forward(a, b, of):
-        start = torch.zeros(2, b - a, dtype=torch.int32)
-        return net(of[:, a:b], Spans.of(start, start + total, K, offset=a), cache)
+        spans, slots = from_to(a, b, total, K, cache)
+        return net(of[:, a:b], spans, cache, slots)
 
     def chunk_end(a):
         return min(total, a + K * data.draw(st.integers(1, 3)))
@@ -271,22 +279,38 @@ def test_chunks_of_whole_blocks_through_the_cache_are_the_full_forward(K, total,
             forward(a, chunk_end(a), (tokens + 1) % SIZES["vocab_size"])
         found = forward(a, b, tokens)
         torch.testing.assert_close(found, full[:, a:b], atol=1e-5, rtol=1e-5)
-        a = cache.length = b
+        a = b
 
 
 @torch.no_grad()
-def test_a_forward_writes_behind_the_length_and_nowhere_else():
+def test_with_spans_of_their_own_tokens_see_each_other_alone_and_fill_the_cache():
+    """The prompt's forward, and after it a block against the cache."""
     net = ours()
-    cache = KVCache(net.cfg, 1, 8)
-    cache.k, cache.v = torch.zeros(2, *cache.shape)
-    cache.length = 2
-    doc_start, doc_end = torch.tensor([[[0] * 3], [[8] * 3]], dtype=torch.int32)
-    net(torch.arange(3)[None], Spans.of(doc_start, doc_end, 1, offset=2), cache)
+    tokens = random_tokens(2, 12, seed=1)
+    cache = KVCache(net, 2, 16)
+    cache.k.fill_(1e4)
+    cache.v.fill_(1e4)
+    slots = torch.arange(8).expand(2, 8)
+    prompt = net(tokens[:, :8], spans_of([8], 4, rows=2), cache, slots)
+    full = net(tokens, spans_of([12], 4, rows=2))
+    torch.testing.assert_close(prompt, full[:, :8], atol=1e-5, rtol=1e-5)
+    spans, slots = from_to(8, 12, 12, 4, cache)
+    found = net(tokens[:, 8:], spans, cache, slots)
+    torch.testing.assert_close(found, full[:, 8:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_forward_writes_its_slots_and_no_others():
+    net = ours()
+    cache = KVCache(net, 2, 8)
+    slots = torch.tensor([[2, 3, 4], [5, 0, 7]])
+    net(torch.arange(6).view(2, 3), spans_of([3], 1, rows=2), cache, slots)
+    written = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 1, 0, 1]]).bool()
     for kept in (cache.k, cache.v):
-        assert kept.shape == (2, 1, 2, 8, 8)
-        assert (kept[:, :, :, 2:5] != 0).any(-1).all()
-        assert not kept[:, :, :, :2].any() and not kept[:, :, :, 5:].any()
-    assert cache.length == 2
+        assert kept.shape == (2, 2, 2, 8, 8)  # layers, rows, key heads, slots, channels
+        assert torch.equal((kept != 0).any(-1), written[None, :, None].expand(2, 2, 2, 8))
+    cache.keep(torch.tensor([1]))
+    assert cache.k.shape == (2, 1, 2, 8, 8) and (cache.v[:, 0, :, 7] != 0).any()
 
 
 # --- the vocabulary loss -------------------------------------------------------------------------

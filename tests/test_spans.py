@@ -7,7 +7,7 @@ from reference import ATTENTION_OF, block_of, packed, packings, who_sees
 
 from configurator import Mistake
 from diffusion import Recipe, spans_for
-from spans import Spans
+from spans import CacheSpans, Spans
 
 
 @settings(deadline=None, max_examples=200)
@@ -49,14 +49,18 @@ def test_annealed_spans_lie_between_causal_and_bidirectional(right):
     assert torch.equal(mask, bidirectional) == (right == 24)
 
 
-@pytest.mark.parametrize("K", [1, 4, None])
-@pytest.mark.parametrize("offset", [1, 5, 13, 22])
-def test_spans_of_the_last_positions_are_rows_of_the_whole_mask(K, offset):
-    doc_start, doc_end = packed([5, 18], [23])
-    whole = Spans.of(doc_start, doc_end, K)
-    tail = Spans.of(doc_start[:, offset:], doc_end[:, offset:], K, offset=offset)
-    assert torch.equal(tail.dense_mask(), whole.dense_mask()[:, offset:])
-    assert torch.equal(tail.positions, whole.positions[:, offset:])
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 9), st.integers(0, 10**6))
+def test_queries_against_a_cache_see_two_intervals_of_slots(B, Q, slots, seed):
+    random = torch.Generator().manual_seed(seed)
+    bounds = torch.randint(0, slots + 1, (4, B, Q), generator=random)
+    spans = CacheSpans(torch.zeros(B, Q).long(), *bounds, slots)
+    assert spans.mask.shape == (B, 1, Q, slots)
+    for b in range(B):
+        for q in range(Q):
+            past_start, past_end, own_start, own_end = bounds[:, b, q].tolist()
+            for slot in range(slots):
+                sees = slot in range(past_start, past_end) or slot in range(own_start, own_end)
+                assert bool(spans.mask[b, 0, q, slot]) == sees
 
 
 def test_a_gap_sees_nobody_and_is_seen_by_nobody():

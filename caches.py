@@ -190,7 +190,8 @@ class TextReader:
         last = real.sum(1, keepdim=True).clamp(min=1) - 1
         # a row of fewer columns computes its last one several times, which changes nothing
         self.columns = torch.where(real, columns, columns.gather(1, last))
-        self.place = (wanted.cumsum(1) - 1).gather(1, self.read)  # (b, n), of `read` among them
+        place = (wanted.cumsum(1) - 1).clamp(min=0)  # (b, L), of each column among them
+        self.place = place.gather(1, self.read)  # (b, n)
 
     def logits(self, canvas, step):
         """Logits of the decoding block, (b, n, vocab), at a step of it."""

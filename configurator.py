@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 import types
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
 
@@ -207,12 +207,17 @@ def parse(key, text, kind):
 
 
 def print_help(Config, usage):
-    """Every key with its default, type and meaning; the meaning is the comment after the field."""
+    """Every key with its default, type and meaning; the meaning is the comment after the field.
+
+    A script's own settings come before those that its Config inherits.
+    """
     spec = sys.modules["__main__"].__spec__  # set under python -m data.stdlib.prepare
     name = f"-m {spec.name}" if spec else Path(sys.argv[0]).name
     print(f"usage: python {name} {usage} [--key=value ...]\n")
-    source = inspect.getsource(Config)
-    for f in fields(Config):
+    inherited = [c for c in Config.__mro__[1:] if is_dataclass(c)]
+    source = "".join(map(inspect.getsource, [Config, *inherited]))
+    own = inspect.get_annotations(Config)
+    for f in sorted(fields(Config), key=lambda f: f.name not in own):  # its own come first
         comment = re.search(rf"^ +{f.name} *:[^#\n]*# *(.*)$", source, re.M)
         meaning = comment[1] if comment else ""
         print(f"  --{f.name}={f.default}\n        {type_in_words(f.type)}; {meaning}")

@@ -24,10 +24,13 @@ from configurator import Float, Int, Mistake, Seed, check_fields, shortened
 PLACES = 2**31  # first number of the draws that choose positions: beyond those that choose tokens
 
 
+Confidence = Literal["max_prob", "margin", "entropy", "random", "left_to_right"]
+
+
 @dataclass
 class Decoding:
     """How to decode. At most one of steps, threshold, entropy_bound, factor, verified is set."""
-    confidence: Literal["max_prob", "margin", "entropy", "random", "left_to_right"] = "max_prob"
+    confidence: Confidence = "max_prob"  # which tokens are taken first: the likeliest, …
     steps: Int(0, 2**20) = 0  # forwards per decoding block, of equal shares; 0: one token in each
     threshold: Float(0, 1) | None = None  # take all with this confidence (max_prob or margin)
     entropy_bound: Float(0, 1e6) | None = None  # take the surest while the others' entropy is below

@@ -82,9 +82,9 @@ def check_out(path):
     """Raise Mistake for a file that could not be written: call it before the work, not after."""
     folder = Path(path).parent
     if not folder.is_dir():
-        raise Mistake(f"out={path} cannot be written: there is no folder {folder}; make it first")
+        raise Mistake(f"{path} cannot be written: there is no folder {folder}; make it first")
     if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise Mistake(f"out={path} cannot be written: it must be a file in a folder of yours")
+        raise Mistake(f"{path} cannot be written: it must be a file in a folder of yours")
 
 
 def fresh_folder(beside):

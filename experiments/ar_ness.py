@@ -13,10 +13,11 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
     from configurator import begin
     begin()
 
-import json
 import math
 import random
+import sys
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +28,9 @@ from tqdm import tqdm
 import huggingface
 from configurator import Float, Int, Mistake, Name, Seed, check_type, configure, shortened
 from decode import Decoding, decode
-from files import read_text, write_text
+from files import write_text
 from model import fast_dtype, pick_device
+from prompts import read_prompts
 from watch import Trace, global_ar, local_ar, order_of
 
 matplotlib.use("Agg")  # draws to files, on machines without a screen too
@@ -38,7 +40,7 @@ import matplotlib.pyplot as plt
 @dataclass
 class Config:
     init_from: str = ""  # folder of a run or checkpoint, or Hub name; empty: the newest run in out/
-    prompts: str = ""  # file, a prompt or {"prompt": …} a line; empty: this file's own
+    prompts: str = ""  # file of prompts, see prompts.py; empty: this file's own
     out: Name = "out/ar_ness"  # folder of the table and the plot
     temperatures: tuple = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # from 0 to 100 each
     max_new_tokens: Int(2, 2**20) = 96  # longest completion, in tokens
@@ -56,34 +58,6 @@ PROMPTS = ("def area(", "def fibonacci(n):\n", "class Stack:\n    def __init__(s
            "def read_file(path", "    for line in", "if __name__ == ", "def test_")
 MOST = 8  # largest k
 RANDOM_ORDERS = 2000
-
-
-def read_prompts(path):
-    """The prompts of a file. Raises Mistake where a line is neither a text nor has a "prompt"."""
-    if not path:
-        return list(PROMPTS)
-    prompts = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        if line.startswith("{"):
-            line = prompt_of(line, f"{path}, line {number},")
-        prompts.append(line)
-    if not prompts:
-        raise Mistake(f"{path} has no prompts: write one a line")
-    return prompts
-
-
-def prompt_of(line, where):
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"{where} begins like JSON but is not: {error}") from error
-    prompt = value.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise Mistake(f'{where} has the "prompt" {shortened(prompt)}, not a text: '
-                      'write {"prompt": "def area("}')
-    return prompt
 
 
 def texts_of(prompts, model, tok, cfg):
@@ -179,7 +153,9 @@ def main(argv=None):
     temperatures = [check_type("temperatures", t, Float(0, 100)) for t in cfg.temperatures]
     if not temperatures:
         raise Mistake("temperatures=() is empty: '[0, 0.5, 1]' is a list")
-    prompts = read_prompts(cfg.prompts)
+    prompts = PROMPTS
+    if cfg.prompts:
+        prompts = [entry["prompt"] for _, entry in read_prompts(cfg.prompts)]
     device = pick_device(cfg.device)
     dtype = cfg.dtype
     if dtype == "auto":
@@ -201,7 +177,9 @@ def main(argv=None):
     at_random = scores(random_orders(L, block))
 
     settings = f"confidence {cfg.confidence}, threshold {cfg.threshold}, blocks of {block}"
-    lines = [f"{name}: {settings}; {len(prompts)} prompts × {cfg.samples} completions of up to "
+    typed = " ".join(["python -m experiments.ar_ness", *(sys.argv[1:] if argv is None else argv)])
+    lines = [f"# AR-ness against temperature, {date.today()}", "", f"`{typed}`", "",
+             f"{name}: {settings}; {len(prompts)} prompts × {cfg.samples} completions of up to "
              f"{cfg.max_new_tokens} tokens, {L} on average; seed {cfg.seed}."]
     for kind in ("local", "global"):
         rows = {f"temperature {t:g}": found[kind] for t, found in by_temperature.items()}

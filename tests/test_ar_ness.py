@@ -62,25 +62,6 @@ def test_random_orders_stay_in_their_blocks(L, block):
     assert (orders[0] == orders[1] == orders[2]) == (block == 1)
 
 
-def test_prompts_are_lines_or_objects(tmp_path):
-    (tmp_path / "file").write_text('def f(\n\n{"prompt": "a\\nb", "task": 1}\n  indented\n')
-    assert ar_ness.read_prompts(tmp_path / "file") == ["def f(", "a\nb", "  indented"]
-    assert ar_ness.read_prompts("") == list(ar_ness.PROMPTS)
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", "has no prompts"),
-    ("\n  \n", "has no prompts"),
-    ("x\n{not json}", "line 2, begins like JSON but is not"),
-    ('{"text": "x"}', 'line 1, has the "prompt" None'),
-    ('{"prompt": ""}', "not a text"),
-])
-def test_a_file_of_prompts_that_cannot_be_used(tmp_path, text, words):
-    (tmp_path / "file").write_text(text)
-    with pytest.raises(Mistake, match=re.escape(words)):
-        ar_ness.read_prompts(tmp_path / "file")
-
-
 @pytest.mark.parametrize("setting, words", [
     ("--temperatures=[]", "is empty"),
     ("--temperatures=[-1]", "temperatures=-1 does not fit"),

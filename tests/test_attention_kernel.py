@@ -229,7 +229,7 @@ def test_a_hidden_state_moves_only_with_what_it_may_see(rows, objective, K, n_la
 # --- the benchmark, as far as it goes without a GPU -----------------------------------------------
 
 @pytest.mark.parametrize("words, message", [
-    (["--smoke=true", "--out=/no/such/folder/x.md"], "out=/no/such/folder/x.md cannot be written"),
+    (["--smoke=true", "--out=/no/such/folder/x.md"], "/no/such/folder/x.md cannot be written"),
     (["--smoke=true", "--repeats=0"], "repeats is an int from 1"),
     (["--smoke=true", "--sizes=[64, 0]"], "sizes holds 0"),
     (["--smoke=true", "--blocks=[]"], "blocks is empty"),

@@ -276,6 +276,45 @@ def test_help_prints_every_key_its_default_and_its_comment(word, capsys):
         assert printed[at + 1].endswith("; " + comment)
 
 
+@dataclass
+class Base:
+    shared: int = 1  # what both have
+    limit: int = 2  # of the base
+
+
+@dataclass
+class Derived(Base):
+    own: int = 3  # its own
+    limit: int = 4  # of the script
+
+
+def test_help_has_inherited_settings_too_after_those_of_the_script(capsys):
+    with pytest.raises(SystemExit):
+        configure(Derived, ["--help"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    keys = [line.strip() for line in lines[::2]]
+    assert keys == ["--limit=4", "--own=3", "--shared=1"]
+    assert [line.split("; ", 1)[1] for line in lines[1::2]] == [
+        "of the script",
+        "its own",
+        "what both have",
+    ]
+
+
+def test_inherited_settings_are_set_and_checked_like_its_own():
+    assert configure(Derived, ["--shared=7", "--own=8"])[0] == Derived(shared=7, own=8)
+    with pytest.raises(ValueError, match="unknown setting 'share' .* did you mean 'shared'"):
+        configure(Derived, ["--share=7"])
+
+
+def test_every_setting_of_sample_has_a_comment():
+    lines = run("sample.py", "--help").stdout.splitlines()[2:]
+    settings_, meanings = lines[::2], [line.split("; ", 1)[-1] for line in lines[1::2]]
+    assert settings_[0].startswith("  --prompt=") and "  --temperature=0.0" in settings_
+    missing = [key for key, meaning in zip(settings_, meanings) if not meaning.strip()]
+    assert missing == []
+
+
 @pytest.mark.parametrize(
     "script", [["train.py"], ["-m", "data.stdlib.prepare"]], ids=lambda s: s[-1]
 )

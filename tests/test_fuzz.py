@@ -4,7 +4,9 @@ import contextlib
 import io
 import os
 import signal
+import sys
 import types
+import zlib
 from dataclasses import fields
 from typing import Annotated, Literal, Union, get_args, get_origin
 
@@ -143,15 +145,32 @@ def test_a_run_with_any_settings(data_folder, empty_folder):
     assert count["works"] > 20 and count["refused"] > 40
 
 
-def test_sampling_with_any_settings(data_folder, empty_folder):
+# What a command line begins with: one for every mode.
+MODES = [["--max_new_tokens=9"], ["--max_new_tokens=9", "--objective=bidirectional"],
+         ["--max_new_tokens=9", "--prompts=prompts.txt"], ["--prompt=a <FILL> b"],
+         ["--infill=gap.py", "--lines=2:2", "--objective=bidirectional", "--max_new_tokens=5"]]
+
+
+def test_sampling_with_any_settings(data_folder, empty_folder, monkeypatch):
     train(data_folder, empty_folder / "run", "--max_steps=1", "--eval_every=0")
+    (empty_folder / "prompts.txt").write_text("def f(x):\n\nx = 1\n")
+    (empty_folder / "gap.py").write_text("a = 1\nb = 2\nc = 3\n")
+    worked = set()
 
     def check(words):
-        return outcome(sample.main, [f"--init_from={empty_folder / 'run'}", *words])
+        stdin = io.TextIOWrapper(io.BytesIO(b"def f():\n"))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        number = zlib.crc32(repr(words).encode()) % len(MODES)  # the same whenever they are drawn
+        mode = MODES[number]
+        end = outcome(sample.main, [f"--init_from={empty_folder / 'run'}", *mode, *words])
+        if end == "works":
+            worked.add(number)
+        return end
 
     count = fuzz("sample", sample.Config, check)
-    print(count)
-    assert count["works"] > 20 and count["refused"] > 50
+    print(count, worked)
+    assert count["works"] > 20 and count["refused"] > 50 and worked >= {0, 1, 2, 4}
+    assert (empty_folder / "gap.py").read_text() == "a = 1\nb = 2\nc = 3\n"
 
 
 def test_the_number_of_command_lines():

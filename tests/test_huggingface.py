@@ -32,6 +32,7 @@ import huggingface
 import sample
 import train
 from configurator import Mistake
+from decode import completion
 from huggingface import load_tokenizer
 from spans import Spans
 
@@ -1691,14 +1692,15 @@ def test_a_folder_with_anything_in_its_files_is_read_or_refused(small_run, data)
 @pytest.fixture
 def drawn(monkeypatch):
     """The ids that sample.py drew, a list that fills."""
-    found, generate = [], sample.generate
+    found, run = [], sample.run
 
-    def noting(*a, **k):
-        texts, written = generate(*a, **k)
-        found.extend(texts)
-        return texts, written
+    def noting(loaded, how, texts, *a, **k):
+        batch = run(loaded, how, texts, *a, **k)
+        for text, ids in zip(texts, batch.ids):
+            found.append(completion(ids[text.index(None):], loaded[1].stop_ids))
+        return batch
 
-    monkeypatch.setattr(sample, "generate", noting)
+    monkeypatch.setattr(sample, "run", noting)
     return found
 
 
@@ -1747,16 +1749,15 @@ def test_rows_that_pad_the_embedding_are_never_drawn(folders, command, drawn, na
     assert size < 320 and len(ids) > 10 and max(ids) < size and mask not in ids and max(ids) > 100
 
 
-def test_a_chat_is_a_prompt_in_the_folders_template(tmp_path, command, capsys, monkeypatch, drawn):
+def test_a_chat_is_a_prompt_in_the_folders_template(tmp_path, command, capsys, monkeypatch):
     folder = write(tmp_path / "f", "qwen2", names={"chat_template": CHATML})
-    prompts, generate = [], sample.generate
-    monkeypatch.setattr(
-        sample,
-        "generate",
-        lambda model, tok, recipe, prompt, *a: (
-            prompts.append(prompt) or generate(model, tok, recipe, prompt, *a)
-        ),
-    )
+    prompts, run = [], sample.run
+
+    def noting(loaded, how, texts, *a, **k):
+        prompts.extend(text[:text.index(None)] for text in texts)
+        return run(loaded, how, texts, *a, **k)
+
+    monkeypatch.setattr(sample, "run", noting)
     assert (
         command(
             sample.main,

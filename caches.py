@@ -112,8 +112,9 @@ class BlockReader:
         """Logits of the decoding block [a, b), (b, b - a, vocab), at a step of it."""
         a, b = self.a, self.b
         begin = a // self.K * self.K  # attention's block is [begin, begin + K)
-        from_, to = self.range(a, b, begin, step)
-        hidden = self.hidden(canvas, from_, to)  # (b, to - from_, d_model)
+        alone = self.cache is None or self.begun is None  # without what a cache holds
+        from_, to = self.range(begin, step, alone)
+        hidden = self.hidden(canvas, from_, to, alone)  # (b, to - from_, d_model)
         if not self.recipe.shift:
             return self.model.logits(hidden[:, a - from_:b - from_])
         if from_ < begin:
@@ -124,29 +125,28 @@ class BlockReader:
             return self.model.logits(hidden[:, a - 1 - from_:b - 1 - from_])
         return self.model.logits(torch.cat([self.boundary, hidden[:, :b - 1 - a]], 1))
 
-    def range(self, a, b, begin, step):
-        """Which columns this forward computes, [from, to), for the decoding block [a, b)."""
-        first_time = self.begun is None or self.cache is None
+    def range(self, begin, step, alone):
+        """Which columns this forward computes, [from, to), in attention's block or before it."""
         new_block = self.begun != begin
         self.begun = begin
         to = begin + self.K
         if self.recipe.shift and self.K == 1:
             to = begin  # autoregressive: nobody reads at the masked token itself
-        if first_time:
+        if alone:
             return 0, to
         if new_block:
             return begin - self.K, to  # the block before it is written, and not yet cached
         if self.how.cache == "hierarchical" and not is_whole(step, self.how):
-            if self.recipe.shift and a > begin:
-                return a - 1, b
-            return a, b
+            if self.recipe.shift and self.a > begin:
+                return self.a - 1, self.b
+            return self.a, self.b
         return begin, to
 
-    def hidden(self, canvas, from_, to):
+    def hidden(self, canvas, from_, to, alone):
         """(b, to - from_, d_model) of these columns, which see all of their blocks."""
         tokens = canvas.tokens[:, from_:to]
         column = torch.arange(from_, to, device=tokens.device).expand_as(tokens)
-        if from_ == 0:
+        if alone:
             spans = Spans.of(*canvas.documents(to), self.K)
             return self.model(tokens, spans, self.cache, column)
         start = canvas.start[:, None].expand_as(tokens)

@@ -30,14 +30,14 @@ Confidence = Literal["max_prob", "margin", "entropy", "random", "left_to_right"]
 @dataclass
 class Decoding:
     """How to decode. At most one of steps, threshold, entropy_bound, factor, verified is set."""
-    confidence: Confidence = "max_prob"  # which tokens are taken first: the likeliest, …
+    confidence: Confidence = "max_prob"  # by what the positions are ranked: the surest come first
     steps: Int(0, 2**20) = 0  # forwards per decoding block, of equal shares; 0: one token in each
     threshold: Float(0, 1) | None = None  # take all with this confidence (max_prob or margin)
     entropy_bound: Float(0, 1e6) | None = None  # take the surest while the others' entropy is below
     factor: Float(0, 1e6) | None = None  # Fast-dLLM: take n, the largest (n + 1)(1 - p_n) < factor
     verified: bool = False  # (block) left_to_right one token at a time, in fewer forwards: draft.py
     block_length: Int(0, 2**20) = 0  # tokens decoded together; 0: K, without blocks all of them
-    cache: Literal["auto", "none", "exact", "hierarchical", "prefix", "dual"] = "auto"  # decode.py
+    cache: Literal["auto", "none", "exact", "hierarchical", "prefix", "dual"] = "auto"  # caches.py
     refresh: Int(0, 2**20) = 0  # approximate caches: bring up to date every so many steps; 0: once
     temperature: Float(0, 100) = 0.0  # 0: the most likely token; else softmax(logits / temperature)
     top_p: Float(1e-6, 1) = 1.0  # sample from the likeliest tokens that together have this much
@@ -77,7 +77,7 @@ class Canvas:
     with the text; padding counts as given. block: int64, the number of each column's decoding
     block, -1 before the first. start, end: (b,) the columns of each text. rows: (b,) which texts.
     numbers: (b,) their numbers in the random streams. first_mask: (b,) column of the first one.
-    may_end: (b,) bool, whether the text ends in masks.
+    may_end: bool, where the text may end, since nothing is given to the right.
     """
 
     def __init__(self, texts, numbers, recipe, block_length, device):
@@ -115,7 +115,9 @@ class Canvas:
         self.rows = torch.arange(len(texts), device=device)
         self.numbers = torch.tensor(numbers, device=device)
         self.first_mask = self.masked.int().argmax(1)
-        self.may_end = torch.tensor([text[-1] is None for text in texts], device=device)
+        last_given = [max(i for i, token in enumerate(text) if token is not None) for text in texts]
+        last_given = self.start + torch.tensor(last_given, device=device)
+        self.may_end = torch.arange(L, device=device) > last_given[:, None]
 
     def keep(self, rows):
         """Drop all rows but these, (b,) int64."""
@@ -144,9 +146,8 @@ class Canvas:
 
         stop_ids: (n,) int64.
         """
-        stops = torch.isin(self.tokens, stop_ids) & ~self.given & (self.masked.cumsum(1) == 0)
-        done = stops.any(1) & self.may_end  # (b,)
-        self.masked &= ~done[:, None]
+        stops = torch.isin(self.tokens, stop_ids) & self.may_end & (self.masked.cumsum(1) == 0)
+        self.masked &= ~stops.any(1, keepdim=True)
 
     def end_at_strings(self, tok, strings):
         """Nothing more is written in a row whose completion holds one of these strings."""
@@ -159,17 +160,18 @@ class Canvas:
 
 # --- what the model proposes ----------------------------------------------------------------------
 
-def adjusted(logits, canvas, tok, how):
+def adjusted(logits, columns, canvas, tok, how):
     """Logits (b, n, vocab) without what is never chosen, and with the penalty on stop ids.
 
     Never chosen: <mask>, <pad>, ids beyond the tokenizer's, and stop ids where the text goes on.
+    columns: (b, n).
     """
     logits[..., tok.vocab_size:] = -torch.inf
     for i in {tok.mask_id, tok.pad_id} - {None, *tok.stop_ids}:  # Qwen pads with <eos>
         logits[..., i] = -torch.inf
-    penalty = torch.where(canvas.may_end, how.eos_penalty, torch.inf)  # (b,)
+    penalty = torch.where(canvas.may_end.gather(1, columns), how.eos_penalty, torch.inf)  # (b, n)
     for i in tok.stop_ids:
-        logits[..., i] -= penalty[:, None]
+        logits[..., i] -= penalty
     return logits
 
 
@@ -322,9 +324,9 @@ def decode_block(reader, tok, canvas, how, number, hook):
         where = how.seed, canvas.numbers[:, None], positions, torch.full_like(positions, step)
         logits = reader.logits(canvas, step)  # (b, n, vocab)
         finite = logits.isfinite().all()
-        logits = adjusted(logits, canvas, tok, how)
         if hook is not None:
             logits = hook(logits, positions, canvas.rows)
+        logits = adjusted(logits, columns, canvas, tok, how)
         tokens, p = propose(logits, how, where)
         confidence = confidence_of(how.confidence, p, tokens, where)
         count = share(open_.sum(1, keepdim=True), step, steps)
@@ -363,7 +365,7 @@ def settled(how, recipe, texts, model_cfg):
     if K is not None and K % block_length:
         raise Mistake(f"block_length={how.block_length} must divide block_size={K}: a block of the "
                       "model is decoded in equal parts")
-    if how.steps > block_length:
+    if how.steps > block_length and (how.block_length or K):  # else: at most what is masked
         raise Mistake(f"steps={how.steps} is more than the {block_length} tokens of a block: each "
                       "step writes one or more")
     cache = how.cache
@@ -464,8 +466,8 @@ def completion(ids, stop_ids):
 def generate(model, tok, recipe, prompts, how, max_new_tokens, rows=None):
     """Complete prompts, lists of ids, in one batch. Returns the completions, lists of ids.
 
-    A completion ends before a stop id, after max_new_tokens, or where the context does. how, rows:
-    see decode.
+    A completion ends before a stop id, after max_new_tokens, or where the context does. A stop
+    string is looked for after each block, so some text may stand behind it. how, rows: see decode.
     """
     texts = []
     for prompt in prompts:

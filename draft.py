@@ -66,6 +66,7 @@ def draft_and_verify(model, tok, recipe, canvas, how, hook):
     proposed = first_forward(model, tok, recipe, canvas, cache, how, hook)
     draft, taken = first_draft(proposed, canvas)
     while True:
+        taken &= canvas.masked.gather(1, proposed.columns)  # the last block has no next one
         canvas.write(proposed.columns, proposed.tokens, taken, torch.zeros_like(taken))
         canvas.end_rows(stop_ids)
         if how.stop:
@@ -99,6 +100,7 @@ def make_room(canvas, K):
     canvas.tokens = F.pad(canvas.tokens, (0, K))
     canvas.masked = F.pad(canvas.masked, (0, K), value=False)
     canvas.given = F.pad(canvas.given, (0, K), value=True)
+    canvas.may_end = F.pad(canvas.may_end, (0, K), value=True)
 
 
 def choose(logits, columns, canvas, tok, how, hook):
@@ -107,10 +109,10 @@ def choose(logits, columns, canvas, tok, how, hook):
     It writes a block from left to right: a place's step is the number of masks to its left.
     """
     finite = logits.isfinite().all()
-    logits = adjusted(logits, canvas, tok, how)
     positions = columns - canvas.start[:, None]
     if hook is not None:
         logits = hook(logits, positions, canvas.rows)
+    logits = adjusted(logits, columns, canvas, tok, how)
     K = how.block_length
     prompt_end = canvas.first_mask[:, None]  # (b, 1)
     steps = (columns - torch.maximum(columns // K * K, prompt_end)).clamp(min=0)

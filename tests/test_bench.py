@@ -1,15 +1,21 @@
 """bench/ and experiments/: what they refuse, before they measure anything."""
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
 import model as model_file
-from bench import train_cpu, train_gpu, train_ranks
+from bench import sampling, sampling_gpu, train_cpu, train_gpu, train_ranks
 from configurator import Mistake
+from decode import Decoding, decode, write
 from diffusion import Draw, Recipe, corrupt, weighted_loss
 from experiments import toy_report
+from huggingface import load_tokenizer
+from loader import Windows
+from model import ModelConfig
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +146,153 @@ def test_toy_report_reads_steps_and_evaluations(tmp_path):
     run = write_run(tmp_path / "toy", metrics=[EVALUATION, STEP, STEP, EVALUATION])
     steps, evaluations = toy_report.read_metrics(run)
     assert (len(steps), len(evaluations)) == (2, 2)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, said", [
+    (["--rounds=0"], "rounds=0 does not fit: rounds is an int from 1 to 1,000"),
+    (["--new_tokens=7"], "new_tokens=7 does not fit"),
+    (["--temperature=nan"], "temperature=.* does not fit"),
+    (["--out=/nonexistent/x.md"], "there is no folder /nonexistent; make it first"),
+    (["--init_from=nope", "--ar=nope", "--quality=true"], "needs a trained model in nope"),
+])
+def test_sampling_refuses_at_once(words, said, monkeypatch):
+    monkeypatch.setattr(sampling, "measure", None)
+    with pytest.raises(Mistake, match=said) as error:
+        sampling.main(words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--shape=8b"], "shape=8b needs a CUDA device"),
+    (["--shape=2b"], "shape"),
+    (["--shape=toy", "--batches=(0,)"], "must be numbers of texts from 1"),
+    (["--shape=toy", "--batches=()"], "must be numbers of texts from 1"),
+    (["--shape=toy", "--batches=(1.5,)"], "must be numbers of texts from 1"),
+    (["--shape=toy", "--out=/nonexistent/x.md"], "there is no folder /nonexistent"),
+])
+def test_sampling_gpu_refuses_at_once(words, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sampling_gpu, "bandwidths", None)
+    with pytest.raises(Mistake, match=said):
+        sampling_gpu.main(words)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Toys of 1 layer, so that the scripts run in a second."""
+    cfg = ModelConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, n_kv_head=1, head_dim=8,
+                      d_ff=16, context=1024)
+    monkeypatch.setattr(sampling, "TOY", cfg)
+    monkeypatch.setitem(sampling_gpu.SHAPES, "toy", cfg)
+
+
+def cells(text, title):
+    """The numbers of a table's row, as texts."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {title} |"))
+    return row.strip("| ").split(" | ")
+
+
+def test_sampling_runs_without_trained_models_and_says_so(tiny, tmp_path):
+    out = tmp_path / "sampling.md"
+    sampling.main(["--init_from=nope", "--ar=nope", "--new_tokens=16", "--rounds=2",
+                   f"--out={out}"])
+    text = out.read_text()
+    assert "block: random weights, for lack of nope; ar: random weights, for lack of nope" in text
+    assert "not run on a GPU yet" in text
+    assert cells(text, "exact cache")[1:3] == ["16", "1.00"]
+    assert cells(text, "text so far")[-1] == "1.00"
+    # the ways that must write the same texts did
+    assert text.count("2 of 2.") == 4
+
+
+def test_the_full_canvas_is_computed_in_every_forward(tiny):
+    how = Decoding(cache="none")
+    recipe = Recipe("block", mask_id=1)
+    prompt = list(range(4, 12))
+    widths = []
+
+    class Watched(sampling.Transformer):
+        def forward(self, tokens, *rest):
+            widths.append(tokens.shape[1])
+            return super().forward(tokens, *rest)
+
+    model = Watched(sampling.TOY)
+    for title in ("full canvas", "text so far"):
+        run = sampling.Run(title, model, recipe, sampling.stand_in(64), how, prompt, 8)
+        assert run.go_on(3) and not run.go_on(100)
+        assert len(run.seconds) == 8 and None not in run.text
+    assert widths == [16] * 8 + [12] * 4 + [16] * 4
+
+
+def test_held_out_pieces_lie_in_one_document_and_hold_no_end(data_folder):
+    tok = load_tokenizer(data_folder)
+    windows = Windows(data_folder, "val", 72, tok.vocab_size)
+    whole = {tuple(windows.window(n)[0]) for n in range(len(windows))}
+    pieces = sampling.held_out(data_folder, tok, 72, 5)
+    assert pieces.shape == (5, 72) and (pieces != tok.eos_id).all()
+    assert (pieces[:, 1:] != tok.bos_id).all()
+    assert whole.issuperset(map(tuple, pieces))
+    with pytest.raises(Mistake, match="and not 100000: ask for fewer"):
+        sampling.held_out(data_folder, tok, 72, 100_000)
+
+
+def test_quality_counts_forwards_per_text_and_right_tokens(data_folder, tiny, tmp_path):
+    tok = load_tokenizer(data_folder)
+    model = sampling.random_model(replace(sampling.TOY, vocab_size=tok.vocab_size))
+    recipe = Recipe("block", mask_id=tok.mask_id)
+    pieces = sampling.held_out(data_folder, tok, 72, 5)
+    how = Decoding(eos_penalty=1e6)
+    for steps in (4, 2, 1):  # of each block of 4
+        speed, _, _ = sampling.score(model, recipe, tok, replace(how, steps=steps), pieces, batch=2)
+        assert speed == 4 / steps
+    # one right token in 8, in each of these texts
+    texts = [[*piece[:-8].tolist(), *[None] * 8] for piece in pieces]
+    for step in decode(model, tok, recipe, texts, replace(how, steps=1)):
+        write(texts, step)
+    wanted = np.array(texts)
+    wanted[:, -7:] = tok.bos_id
+    expected = (np.array(texts)[:, -8:] == wanted[:, -8:]).mean()
+    _, share, error = sampling.score(model, recipe, tok, replace(how, steps=1), wanted)
+    assert share == expected and 1 / 8 <= share < 1 and error < 0.1
+    path = tmp_path / "plot.png"
+    cfg = sampling.Config(data=str(data_folder), prefixes=3)
+    lines = sampling.quality(cfg, model, recipe, tok, path)
+    assert path.stat().st_size > 1000
+    assert cells("\n".join(lines), "left_to_right 1")[1] == "1.00"
+
+
+def test_sampling_gpu_runs_a_toy_and_its_hook_sets_how_many_drafts_are_right(tiny, tmp_path):
+    out = tmp_path / "gpu.md"
+    sampling_gpu.main(["--shape=toy", "--batches=(1, 2)", "--forwards=8", f"--out={out}"])
+    text = out.read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "drafts right" in line]
+    per_forward = {row[1]: float(row[4]) for row in rows if row[0] == "2"}
+    assert per_forward["verified, 0% of drafts right"] == 1
+    assert per_forward["verified, 100% of drafts right"] == 4
+    assert 1 < per_forward["verified, 80% of drafts right"] < 4
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_the_share_of_right_drafts_is_the_one_asked_for(share):
+    """Six drafts in each of 20,000 blocks: a standard error of at most 0.0015; 0.02 is allowed."""
+    rows = torch.arange(20_000)
+    positions = torch.arange(4).repeat(4) + 4 * rows[:, None]
+    logits = sampling_gpu.drafts(share)(torch.zeros(20_000, 16, 64), positions, rows)
+    token = logits.argmax(-1).unflatten(1, (4, 4))  # (b, part, place)
+    right = token == (10 + positions % 50).unflatten(1, (4, 4))
+    shown = torch.tensor([0, 1, 2, 3])
+    place = torch.arange(4)
+    own = shown[:, None] == place
+    assert right[:, own].all()
+    behind = shown[:, None] < place
+    assert abs(right[:, behind].float().mean() - share) < 0.02
+
+
+def test_the_floor_counts_the_weights_that_a_forward_reads():
+    tied = sampling.random_model(sampling.TOY)
+    assert sampling_gpu.streamed_bytes(tied) == 4 * sum(p.numel() for p in tied.parameters())
+    untied = sampling.random_model(replace(sampling.TOY, tie_embeddings=False))
+    assert sampling_gpu.streamed_bytes(untied) == sampling_gpu.streamed_bytes(tied)
+    assert min(sampling_gpu.bandwidths("cpu").values()) > 1e8

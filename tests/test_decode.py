@@ -880,7 +880,7 @@ def test_logits_that_are_not_finite_end_with_a_one_line_message(bad, temperature
     (BLOCK, {"alg_temp": 0.5, "threshold": 0.5}, ["alg_temp", "threshold"]),
     (BLOCK, {"steps": 5}, ["steps=5", "4"]),
     (FULL, {"steps": 4, "block_length": 3}, ["steps=4", "3"]),
-    (FULL, {"steps": 9}, ["steps=9", "8"]),
+    (FULL, {"steps": 9, "block_length": 8}, ["steps=9", "8"]),
     (BLOCK, {"block_length": 3}, ["block_length=3", "4"]),
     (BLOCK, {"block_length": 8}, ["block_length=8", "4"]),
     (BLOCK, {"cache": "dual"}, ["cache", "dual"]),

@@ -157,9 +157,10 @@ class BlockReader:
 
 
 class TextReader:
-    """Logits of a model without attention blocks (bidirectional, ar_diffusion).
+    """Logits of a model that writes its masks in any order (bidirectional, ar_diffusion).
 
-    Masks are written anywhere, so whatever is kept of a text may change: no cache is exact.
+    Whatever is kept of a text may change with the next mask that is written: no cache is exact.
+    (But under ar_diffusion, whose attention is causal, for masks at the end of a text.)
     """
 
     def __init__(self, model, recipe, canvas, how):

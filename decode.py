@@ -25,19 +25,20 @@ PLACES = 2**31  # first number of the draws that choose positions: beyond those 
 
 
 Confidence = Literal["max_prob", "margin", "entropy", "random", "left_to_right"]
+Cache = Literal["auto", "none", "exact", "hierarchical", "prefix", "dual"]
 
 
 @dataclass
 class Decoding:
     """How to decode. At most one of steps, threshold, entropy_bound, factor, verified is set."""
     confidence: Confidence = "max_prob"  # by what the positions are ranked: the surest come first
-    steps: Int(0, 2**20) = 0  # forwards per decoding block, of equal shares; 0: one token in each
-    threshold: Float(0, 1) | None = None  # take all with this confidence (max_prob or margin)
-    entropy_bound: Float(0, 1e6) | None = None  # take the surest while the others' entropy is below
-    factor: Float(0, 1e6) | None = None  # Fast-dLLM: take n, the largest (n + 1)(1 - p_n) < factor
+    steps: Int(0, 2**20) = 0  # forwards per decoding block, at most its length; 0: one per token
+    threshold: Float(0, 1) | None = None  # take all with at least this max_prob or margin
+    entropy_bound: Float(0, 1e6) | None = None  # take the surest while Σ H - max H is at most this
+    factor: Float(0, 1e6) | None = None  # Fast-dLLM: the largest n with (n + 1)(1 - p_n) < factor
     verified: bool = False  # (block) left_to_right one token at a time, in fewer forwards: draft.py
     block_length: Int(0, 2**20) = 0  # tokens decoded together; 0: K, without blocks all of them
-    cache: Literal["auto", "none", "exact", "hierarchical", "prefix", "dual"] = "auto"  # caches.py
+    cache: Cache = "auto"  # see caches.py; auto: exact for block and ar, else none
     refresh: Int(0, 2**20) = 0  # approximate caches: bring up to date every so many steps; 0: once
     temperature: Float(0, 100) = 0.0  # 0: the most likely token; else softmax(logits / temperature)
     top_p: Float(1e-6, 1) = 1.0  # sample from the likeliest tokens that together have this much
@@ -210,8 +211,8 @@ def entropy_of(p):
 def confidence_of(name, p, tokens, where):
     """How sure the model is of each token, (b, n): the higher, the sooner it is taken.
 
-    p: (b, n, vocab). tokens: (b, n). where: see propose. In Dream's code the first four are
-    maskgit_plus, topk_margin, entropy and origin.
+    p: (b, n, vocab). tokens: (b, n). where: see propose. In Dream's code the first three are
+    maskgit_plus, topk_margin and entropy.
     """
     if name == "max_prob":
         return p.gather(-1, tokens[..., None])[..., 0]
@@ -422,6 +423,8 @@ def check_texts(texts, recipe, model_cfg):
     if not texts:
         raise Mistake("there are no texts to write")
     for text in texts:
+        if any(isinstance(i, str) for i in text):
+            raise Mistake("a text is a list of ids: tok.encode makes one of a str")
         if None not in text or text[0] is None:
             raise Mistake("a text begins with a token and has a place to write")
         if len(text) > model_cfg.context:
@@ -438,8 +441,8 @@ def check_verified(how, recipe, cache):
         raise Mistake(f"verified needs objective='block', not {recipe.objective!r}: it is about "
                       "the order of tokens inside a block")
     if K > 8:
-        raise Mistake(f"verified needs blocks of at most 8 tokens, not {K}: it reads K copies of "
-                      "a block, K² tokens a forward")
+        raise Mistake(f"verified needs blocks of at most 8 tokens, not {K}: a forward has K "
+                      "copies of a block")
     if how.block_length not in (0, K) or how.remask or cache != "exact":
         raise Mistake("verified goes with neither block_length, remask nor another cache than "
                       "exact: it is left_to_right, one token at a time")

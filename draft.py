@@ -14,7 +14,7 @@ All copies are in one forward. Place 0 is right: nothing comes before it. If cop
 is right and copy 2 counts, and so on. The first copy that says something else has the right token
 there, and its other predictions are the next draft: it is the forward that one token at a time
 would do. If all agree, copy 4 has written the block's keys and values, and has drafted the next one
-in the same forward: at most K tokens each, at least one.
+in the same forward. So each forward yields 1 to K tokens.
 
 Sampling is exact in the same way: a token is the argmax of logits + noise, and the noise of a place
 is that of the step at which one token at a time reaches it. Same seed, same text.
@@ -22,7 +22,8 @@ is that of the step at which one token at a time reaches it. Same seed, same tex
 A copy of K tokens more costs little where reading the weights sets the pace: one text on a GPU. It
 does not pay where arithmetic does: in large batches, or on a CPU.
 
-Not covered: blocks of more than 8 tokens, whose copies are K² tokens.
+Not covered: blocks of more than 8 tokens. A forward has K copies and the next block's masks,
+K(K + 1) tokens.
 """
 from dataclasses import dataclass
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import huggingface
 from configurator import Int, Mistake, configure, shortened
 from decode import Decoding, decode, settled, write
+from families import ASKED
 from files import check_out
 from infill import MARKER, Gap, Scores, cut, diff, gap_of, read_file, split_at_marker
 from model import fast_dtype, pick_device
@@ -47,9 +48,9 @@ class Config(Decoding):
     fill_tokens: Int(0, 2**20) = 0  # in a gap; 0: the likeliest length, or where the model ends it
     diff: bool = False  # print what filling the gap changes, as a unified diff
     init_from: str = ""  # folder of a run or checkpoint, or Hub name; empty: the newest run in out/
-    objective: Literal["ar", "bidirectional", "ar_diffusion", "block"] | None = None  # none: own
+    objective: ASKED["objective"] | None = None  # none: as the folder says
     shift: bool | None = None  # predict token i at position i - 1; none: as the folder says
-    block_size: Int(1, 2**20) | None = None  # K; none: as the folder says
+    block_size: ASKED["block_size"] | None = None  # K; none: as the folder says
     mask_token: str = ""  # name of the mask, where the folder does not say
     chat: bool = False  # the prompt is a user's message in the folder's chat template
     samples: Int(1, 1024) = 1  # how many completions
@@ -183,10 +184,12 @@ def run(loaded, how, texts, stop, rows=None, look=()):
         from watch import animate
         steps = animate(steps, texts, tok)
     ids = [list(text) for text in texts]
+    lengths = torch.tensor([len(text) for text in texts], device=model.embed_tokens.weight.device)
     forwards, began = 0, time.perf_counter()
     for step in steps:
         write(ids, step)
-        forwards += step.taken.any(1).sum()
+        inside = step.positions < lengths[step.rows][:, None]  # not what only fills a last block
+        forwards += (step.taken & inside).any(1).sum()
         for see in look:
             see(step, ids)
         if stop.asked:

@@ -486,11 +486,11 @@ def stats(trace, most=8):
     """A text: speed, and AR-ness for k = 1 … `most`, the mean over the texts."""
     orders = [order_of(trace, row) for row in range(len(trace.rows))]
     written = sum(map(len, orders))
-    forwards = sum(len(trace.moments(row)) for row in range(len(trace.rows)))
-    lines = [f"{written} tokens of {len(orders)} texts in {trace.forwards} forwards and "
-             f"{trace.seconds:.2f} s",
-             f"{written / max(1, forwards):.2f} tokens per forward of a text, "
-             f"{written / max(trace.seconds, 1e-9):.0f} tokens/s",
+    forwards = len([m for moments in trace.rows for m in moments if m.written])
+    texts = "1 text" if len(orders) == 1 else f"{len(orders)} texts"
+    lines = [f"{texts}: {written} tokens in {trace.seconds:.2f} s, "
+             f"{written / max(trace.seconds, 1e-9):.0f} tokens/s, "
+             f"{written / max(1, forwards):.2f} tokens per forward of a text",
              "AR-ness   local  global"]
     for k in range(1, most + 1):
         near = averaged([local_ar(order, k) for order in orders])

@@ -608,7 +608,7 @@ def test_the_figures_of_a_file_of_prompts_are_of_all_its_texts(run, command, tmp
     words = [f"--prompts={path}", "--stats=true", "--max_new_tokens=6", "--batch=2"]
     _, out, err = command(run, *words, "--confidence=left_to_right")
     assert len(lines_of(out)) == 5
-    assert "30 tokens of 5 texts" in err and re.search(r"k = 1 +1.000 +1.000\n", err)
+    assert "5 texts: 30 tokens in" in err and re.search(r"k = 1 +1.000 +1.000\n", err)
 
 
 # --- mistakes -------------------------------------------------------------------------------------

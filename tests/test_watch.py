@@ -260,8 +260,8 @@ def test_stats_are_the_mean_over_texts():
              step_of(tok, {0: [(2, 9, 0.5, "taken")], 1: [(1, 9, 0.5, "taken")]})]
     trace = trace_of(tok, [[5, None, None], [5, None, None]], steps)
     lines = stats(trace).splitlines()
-    assert lines[0].startswith("4 tokens of 2 texts in 2 forwards")
-    assert lines[1].startswith("1.00 tokens per forward")
+    assert lines[0].startswith("2 texts: 4 tokens in ")
+    assert lines[0].endswith("1.00 tokens per forward of a text")
     table = {int(k): (near, far) for k, near, far in
              re.findall(r"k = (\d)\s+(\S+)\s+(\S+)", stats(trace))}
     assert list(table) == list(range(1, 9))

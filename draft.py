@@ -20,7 +20,7 @@ Sampling is exact in the same way: a token is the argmax of logits + noise, and 
 is that of the step at which one token at a time reaches it. Same seed, same text.
 
 A copy of K tokens more costs little where reading the weights sets the pace: one text on a GPU. It
-does not pay where arithmetic does: in large batches, or on a CPU.
+does not pay where arithmetic does, as in large batches.
 
 Not covered: blocks of more than 8 tokens. A forward has K copies and the next block's masks,
 K(K + 1) tokens.

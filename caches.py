@@ -54,6 +54,7 @@ class Graphs:
     def __init__(self, model, cache, how):
         self.model, self.cache = model, cache
         self.used = how.graphs and cache.k.is_cuda
+        self.memory = torch.cuda.graph_pool_handle() if self.used else None  # of all the graphs
         self.recorded = {}  # shape: (graph, its input, its output)
 
     def __call__(self, plan):
@@ -74,7 +75,7 @@ class Graphs:
             cached_forward(self.model, self.cache, plan)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.memory):
             hidden = cached_forward(self.model, self.cache, plan)
         return graph, plan, hidden
 
@@ -113,28 +114,27 @@ class BlockReader:
         a, b = self.a, self.b
         begin = a // self.K * self.K  # attention's block is [begin, begin + K)
         alone = self.cache is None or self.begun is None  # without what a cache holds
-        from_, to = self.range(begin, step, alone)
+        from_, to = self.columns(begin, step, alone)
+        self.begun = begin
         hidden = self.hidden(canvas, from_, to, alone)  # (b, to - from_, d_model)
         if not self.recipe.shift:
             return self.model.logits(hidden[:, a - from_:b - from_])
         if from_ < begin:
             self.boundary = hidden[:, begin - from_ - 1:begin - from_].clone()
         elif begin == 0:
-            self.boundary = hidden[:, :1]  # the first token is given: nobody reads this
+            self.boundary = hidden[:, :1].clone()  # the first token is given: nobody reads this
         if from_ < a:
             return self.model.logits(hidden[:, a - 1 - from_:b - 1 - from_])
         return self.model.logits(torch.cat([self.boundary, hidden[:, :b - 1 - a]], 1))
 
-    def range(self, begin, step, alone):
+    def columns(self, begin, step, alone):
         """Which columns this forward computes, [from, to), in attention's block or before it."""
-        new_block = self.begun != begin
-        self.begun = begin
         to = begin + self.K
         if self.recipe.shift and self.K == 1:
             to = begin  # autoregressive: nobody reads at the masked token itself
         if alone:
             return 0, to
-        if new_block:
+        if self.begun != begin:
             return begin - self.K, to  # the block before it is written, and not yet cached
         if self.how.cache == "hierarchical" and not is_whole(step, self.how):
             if self.recipe.shift and self.a > begin:

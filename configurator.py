@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import types
+import unicodedata
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
@@ -232,8 +233,18 @@ def begin():
     """
     sys.excepthook = report
     signal.signal(signal.SIGINT, leave_at_once)
+    if sys.stdout is None:  # closed by whoever started it
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+
+
+def visible(text):
+    """A text whose control characters are dots: they could set a terminal's title, or clear it."""
+    hidden = {c for c in set(text) - {"\n", "\t"} if unicodedata.category(c) in ("Cc", "Cf", "Cs")}
+    return text.translate(dict.fromkeys(map(ord, hidden), "·"))
 
 
 def leave_at_once(*_):
@@ -251,6 +262,9 @@ def report(kind, error, trace):
         time.sleep(2)  # the first process says the same or the cause; torchrun then ends this one
     if issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):  # such as `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(128 + signal.SIGPIPE)
     elif issubclass(kind, (Mistake, OSError)):
         print(f"error: {error}", file=sys.stderr)
     elif out_of_memory(kind, error):

@@ -161,6 +161,18 @@ class Canvas:
 
 # --- what the model proposes ----------------------------------------------------------------------
 
+def hooked(logits, positions, canvas, hook):
+    """What the hook makes of logits (b, n, vocab), which may be -inf, and whether all are numbers.
+
+    positions: (b, n). The second is a tensor: the host reads it later.
+    """
+    finite = logits.isfinite().all()
+    if hook is None:
+        return logits, finite
+    logits = hook(logits, positions, canvas.rows).clone()  # the hook's own stay as they are
+    return logits, finite & (logits < torch.inf).all()
+
+
 def adjusted(logits, columns, canvas, tok, how):
     """Logits (b, n, vocab) without what is never chosen, and with the penalty on stop ids.
 
@@ -190,8 +202,8 @@ def propose(logits, how, where):
 
 
 def kept(logits, top_k, top_p):
-    """Logits (b, n, vocab), -inf for all but the top_k likeliest (0: all), and of those for all but
-    the likeliest that reach the probability top_p together (nucleus sampling)."""
+    """Logits (b, n, vocab), -inf for all but the top_k likeliest and their equals (0: all), and of
+    those for all but the likeliest that reach the probability top_p together (nucleus sampling)."""
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -235,7 +247,7 @@ def take(open_, confidence, p, count, how, where):
     open_: (b, n) bool, those still masked. confidence: (b, n). p: (b, n, vocab). count: (b, 1), how
     many, where `steps` decides. where: see propose.
     """
-    if how.alg_temp > 0:  # the top of these is a draw without replacement
+    if how.alg_temp >= 1e-5:  # below, the division overflows. Their top: without replacement
         confidence = confidence / how.alg_temp + noise.gumbel(*where, 1, PLACES)[..., 0]
     confidence = confidence.masked_fill(~open_, -torch.inf)
     order = confidence.argsort(dim=1, descending=True, stable=True)  # ties from left to right
@@ -285,10 +297,10 @@ def decode(model, tok, recipe, texts, how, rows=None, hook=None):
     done leave the batch between blocks. Raises Mistake for what does not go together.
     """
     how = settled(how, recipe, texts, model.cfg)
-    if rows is None:
-        rows = range(len(texts))
-    device = model.embed_tokens.weight.device
-    canvas = Canvas(texts, list(rows), recipe, how.block_length, device)
+    rows = list(range(len(texts)) if rows is None else rows)
+    if not all(0 <= row < 2**32 for row in rows):
+        raise Mistake("rows must be numbers from 0 to 2^32 - 1: each has its own noise")
+    canvas = Canvas(texts, rows, recipe, how.block_length, model.embed_tokens.weight.device)
     if how.verified:
         from draft import draft_and_verify  # here, since it needs this file
         yield from draft_and_verify(model, tok, recipe, canvas, how, hook)
@@ -316,7 +328,7 @@ def decode_block(reader, tok, canvas, how, number, hook):
     if not open_.any():  # a part of a block that the prompt fills
         return
     to_write = open_.sum(1, keepdim=True)  # (b, 1)
-    steps = to_write.clamp(max=how.steps or columns.shape[1])
+    steps = to_write.clamp(max=how.steps)
     sure = torch.zeros(columns.shape, device=columns.device)  # of what is written: how sure then
     may_remask = open_
     reader.begin(canvas, number, columns)
@@ -324,13 +336,13 @@ def decode_block(reader, tok, canvas, how, number, hook):
     while True:
         where = how.seed, canvas.numbers[:, None], positions, torch.full_like(positions, step)
         logits = reader.logits(canvas, step)  # (b, n, vocab)
-        finite = logits.isfinite().all()
-        if hook is not None:
-            logits = hook(logits, positions, canvas.rows)
+        logits, finite = hooked(logits, positions, canvas, hook)
         logits = adjusted(logits, columns, canvas, tok, how)
         tokens, p = propose(logits, how, where)
         confidence = confidence_of(how.confidence, p, tokens, where)
-        count = share(open_.sum(1, keepdim=True), step, steps)
+        count = torch.ones_like(steps)
+        if how.steps:
+            count = share(open_.sum(1, keepdim=True), step, steps)
         taken = take(open_, confidence, p, count, how, where)
         remasked = torch.zeros_like(taken)
         if how.remask:
@@ -363,6 +375,8 @@ def settled(how, recipe, texts, model_cfg):
     check_texts(texts, recipe, model_cfg)
     K = recipe.causal_block
     block_length = how.block_length or K or max(text.count(None) for text in texts)
+    if K is not None and K > model_cfg.context:
+        raise Mistake(f"block_size={K} is more than the model's context of {model_cfg.context}")
     if K is not None and K % block_length:
         raise Mistake(f"block_length={how.block_length} must divide block_size={K}: a block of the "
                       "model is decoded in equal parts")
@@ -384,7 +398,8 @@ def settled(how, recipe, texts, model_cfg):
     if how.verified:
         check_verified(how, recipe, cache)
         confidence = "left_to_right"
-    return replace(how, confidence=confidence, block_length=block_length, cache=cache)
+    steps = min(how.steps, block_length)
+    return replace(how, confidence=confidence, steps=steps, block_length=block_length, cache=cache)
 
 
 def check_rules(how):
@@ -423,9 +438,10 @@ def check_texts(texts, recipe, model_cfg):
     if not texts:
         raise Mistake("there are no texts to write")
     for text in texts:
-        if any(isinstance(i, str) for i in text):
-            raise Mistake("a text is a list of ids: tok.encode makes one of a str")
-        if None not in text or text[0] is None:
+        ids = [i for i in text if i is not None]
+        if not all(isinstance(i, int) and 0 <= i < model_cfg.vocab_size for i in ids):
+            raise Mistake(f"a text is a list of None and ids below {model_cfg.vocab_size}")
+        if len(ids) == len(text) or text[0] is None:
             raise Mistake("a text begins with a token and has a place to write")
         if len(text) > model_cfg.context:
             raise Mistake(f"a text of {len(text)} tokens is longer than the model's context of "
@@ -475,6 +491,9 @@ def generate(model, tok, recipe, prompts, how, max_new_tokens, rows=None):
     texts = []
     for prompt in prompts:
         room = min(max_new_tokens, model.cfg.context - len(prompt))
+        if room < 1:
+            raise Mistake(f"a prompt of {len(prompt)} tokens leaves no room in the model's context "
+                          f"of {model.cfg.context}: shorten it")
         texts.append([*prompt, *[None] * room])
     for step in decode(model, tok, recipe, texts, how, rows):
         write(texts, step)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from caches import Graphs
-from decode import Step, adjusted, check_finite, confidence_of, propose
+from decode import Step, adjusted, check_finite, confidence_of, hooked, propose
 from model import KVCache
 from spans import Spans
 
@@ -68,6 +68,9 @@ def draft_and_verify(model, tok, recipe, canvas, how, hook):
     draft, taken = first_draft(proposed, canvas)
     while True:
         taken &= canvas.masked.gather(1, proposed.columns)  # the last block has no next one
+        stops = torch.isin(proposed.tokens, stop_ids) & taken
+        stops &= canvas.may_end.gather(1, proposed.columns)
+        taken &= stops.cumsum(1) - stops.int() == 0  # nothing behind a stop id
         canvas.write(proposed.columns, proposed.tokens, taken, torch.zeros_like(taken))
         canvas.end_rows(stop_ids)
         if how.stop:
@@ -109,10 +112,8 @@ def choose(logits, columns, canvas, tok, how, hook):
 
     It writes a block from left to right: a place's step is the number of masks to its left.
     """
-    finite = logits.isfinite().all()
     positions = columns - canvas.start[:, None]
-    if hook is not None:
-        logits = hook(logits, positions, canvas.rows)
+    logits, finite = hooked(logits, positions, canvas, hook)
     logits = adjusted(logits, columns, canvas, tok, how)
     K = how.block_length
     prompt_end = canvas.first_mask[:, None]  # (b, 1)

@@ -16,10 +16,14 @@ from pathlib import Path
 from configurator import Mistake
 
 
-def read_text(path):
-    """The text of a UTF-8 file. Raises Mistake where it is missing or holds anything else."""
+def read_text(path, newline=None):
+    """The text of a UTF-8 file. Raises Mistake where it is missing or holds anything else.
+
+    newline: as in `open`; "" leaves the ends of lines as they are.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open(path, encoding="utf-8", newline=newline) as f:
+            return f.read()
     except FileNotFoundError as error:
         raise Mistake(f"{path} is missing") from error
     except UnicodeDecodeError as error:
@@ -81,9 +85,11 @@ def write_json(path, value):
 def check_out(path):
     """Raise Mistake for a file that could not be written: call it before the work, not after."""
     folder = Path(path).parent
+    if os.path.lexists(path) and (Path(path).is_symlink() or not Path(path).is_file()):
+        raise Mistake(f"{path} is not a regular file, and is not replaced: choose another name")
     if not folder.is_dir():
         raise Mistake(f"{path} cannot be written: there is no folder {folder}; make it first")
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK):
         raise Mistake(f"{path} cannot be written: it must be a file in a folder of yours")
 
 

@@ -8,6 +8,7 @@ Not covered: several gaps at once, texts longer than the model's context.
 """
 import difflib
 import math
+import os
 import re
 from dataclasses import dataclass
 
@@ -69,9 +70,7 @@ def read_file(path, lines):
     lines: "10:20", or empty if <FILL> marks the gap. Raises Mistake for a file that is missing or
     no text, and for a gap that is not there.
     """
-    read_text(path)  # its Mistakes; it reads \r\n as \n, and a diff has to fit the file as it is
-    with open(path, encoding="utf-8", newline="") as f:
-        text = f.read()
+    text = read_text(path, newline="")  # a diff has to fit the file as it is
     if "\0" in text:
         raise Mistake(f"{path} holds zero bytes: it is no text")
     if not lines:
@@ -200,7 +199,7 @@ def lines_of(text):
 
 def diff(path, old, new):
     """A unified diff that `patch -p1` and `git apply` take; empty where nothing changed."""
-    name = path.lstrip("/")
+    name = os.path.relpath(path).replace("\n", " ")
     found = difflib.unified_diff(lines_of(old), lines_of(new), f"a/{name}", f"b/{name}")
     ends = (line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
             for line in found)

@@ -13,7 +13,9 @@ from files import finite, read_text, replacing
 
 
 def read_stdin():
-    """All of it. Raises Mistake where it is not UTF-8."""
+    """All of it. Raises Mistake where it is closed, or not UTF-8."""
+    if sys.stdin is None:
+        raise Mistake("stdin is closed: there is nothing to read")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
@@ -39,9 +41,13 @@ def parsed(where, line):
     try:
         entry = json.loads(line, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError) as error:
-        raise Mistake(f"{where} is not readable JSON: {error}") from error
+        raise Mistake(f"{where} is not readable JSON: {error}; a file whose first line begins "
+                      "like a JSON object has one a line") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise Mistake(f'{where} must be a JSON object with a text as its "prompt"')
+    for key in ("completion", "index", "sample"):
+        if key in entry:
+            raise Mistake(f"{where} has {key!r} already, which the output would replace: rename it")
     return entry
 
 
@@ -67,7 +73,7 @@ def completions(entries, gaps, tok, how, write_batch):
             return
 
 
-def keep(path, lines, bar):
+def save_lines(path, lines, bar):
     """Write lines to a file. Whatever ends them early, those before it are kept."""
     failure = None
     with replacing(path) as f:

@@ -28,13 +28,13 @@ import torch
 from tqdm import tqdm
 
 import huggingface
-from configurator import Int, Mistake, configure, shortened
+from configurator import Int, Mistake, configure, shortened, visible
 from decode import Decoding, decode, settled, write
 from families import ASKED
 from files import check_out
 from infill import MARKER, Gap, Scores, cut, diff, gap_of, read_file, split_at_marker
 from model import fast_dtype, pick_device
-from prompts import completions, keep, read_prompts, read_stdin
+from prompts import completions, read_prompts, read_stdin, save_lines
 
 
 @dataclass
@@ -82,6 +82,8 @@ def check(cfg, given):
     for path in (cfg.out, cfg.html):
         if path:
             check_out(path)
+            if os.path.realpath(path) in map(os.path.realpath, (cfg.prompts, cfg.infill)):
+                raise Mistake(f"{path} is what is read, too: choose another name")
 
 
 def check_name(setting, path):
@@ -152,7 +154,7 @@ def decisive(how):
 # --- writing a batch ------------------------------------------------------------------------------
 
 class Stop:
-    """The handler of Ctrl-C: the first one asks for an end, the next one is the end."""
+    """The handler of Ctrl-C and SIGTERM: the first asks for an end, the next one is the end."""
     asked = False
 
     def __call__(self, number, frame):
@@ -238,12 +240,12 @@ class Stream:
 
     def print_to(self, end):
         if end > self.printed:
-            print(self.text[self.printed:end], end="", flush=True)
+            print(visible(self.text[self.printed:end]), end="", flush=True)
             self.printed = end
 
     def finish(self, text):
         """text: all that is in the gap. Print what is missing of it, and what comes after."""
-        print(text[self.printed:] + self.gap.after, flush=True)
+        print(visible(text[self.printed:]) + self.gap.after, flush=True)
 
 
 # --- one text, a conversation, many ---------------------------------------------------------------
@@ -267,7 +269,7 @@ def answer(loaded, how, gap, stop, old=None, number=0, titles=True):
     batch = run(loaded, how, texts, stop, range(number, number + len(texts)), look)
     for sample in range(how.samples):
         row = sample * len(gap.lengths)
-        if several:
+        if several and not stop.asked:
             row += scores.likeliest(row, gap.lengths, notes)
         text = gap.text(batch.ids[row], tok, how.stop)
         if stream:
@@ -278,6 +280,8 @@ def answer(loaded, how, gap, stop, old=None, number=0, titles=True):
         whole = gap.before + text + gap.after
         if how.diff:
             print(diff(how.infill or "prompt", old, whole), end="", flush=True)
+        elif sys.stdout.isatty():
+            print(visible(whole), flush=True)
         else:
             print(whole, flush=True)
     print(speed(gap, batch, tok, stop.asked), file=notes)
@@ -312,7 +316,14 @@ def converse(loaded, cfg, stop):
             raise Mistake(f"this is not UTF-8 text: {error.reason}") from error
         if not line.strip():
             return 0
-        gap = prompt_gap(line, loaded, cfg, messages)
+        try:
+            gap = prompt_gap(line, loaded, cfg, messages)
+        except Mistake as error:
+            print(f"--- {error}")
+            if messages:
+                messages = []
+                print("--- a new conversation begins")
+            continue
         stop.asked = False
         text = answer(loaded, how, gap, stop, number=len(messages), titles=False)
         messages += [{"role": "user", "content": line}, {"role": "assistant", "content": text}]
@@ -323,6 +334,8 @@ def many(loaded, cfg, stop, entries):
     gaps, traces = [], []
     for where, entry in entries:
         try:
+            if MARKER in entry["prompt"] and not cfg.chat:
+                raise Mistake(f"{MARKER} is for a single --prompt")
             gaps.append(prompt_gap(entry["prompt"], loaded, cfg))
         except Mistake as error:
             raise Mistake(f"{where}: {error}") from error
@@ -336,7 +349,7 @@ def many(loaded, cfg, stop, entries):
     lines = completions(entries, gaps, loaded[1], how, write_batch)
     with tqdm(total=len(gaps) * how.samples, unit=" texts") as bar:
         if cfg.out:
-            keep(cfg.out, lines, bar)
+            save_lines(cfg.out, lines, bar)
         else:
             for line in lines:
                 bar.write(line)  # to stdout
@@ -389,10 +402,13 @@ def main(argv=None):
     loaded = load(cfg)
     stop = Stop()
     signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     if entries:
         return many(loaded, cfg, stop, entries)
-    if cfg.chat and "prompt" not in given and sys.stdin.isatty():
-        return converse(loaded, cfg, stop)
+    if cfg.chat and "prompt" not in given:
+        if sys.stdin is not None and sys.stdin.isatty():
+            return converse(loaded, cfg, stop)
+        cfg.prompt = read_stdin()
     if sides is None:
         gap = prompt_gap(cfg.prompt, loaded, cfg)
     else:

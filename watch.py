@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from configurator import visible
 from files import read_text, write_text
 
 TOP = 5  # candidates that are kept of each token
@@ -289,6 +290,8 @@ class Picture:
     def print(self):
         """A plain frame."""
         text = "".join(text for text, _ in self.styled())
+        if self.out.isatty():
+            text = visible(text)
         self.out.write(self.printable(f"--- {self.status()}\n{text}\n"))
         self.out.flush()
 
@@ -324,19 +327,15 @@ class Picture:
 
 
 def laid_out(styled, width):
-    """(text, escape code) pairs as the lines of a screen `width` columns wide, list of str.
-
-    A model may write anything: control characters become dots, so none reaches the terminal.
-    """
+    """(text, escape code) pairs as the lines of a screen `width` columns wide, list of str."""
     lines, column = [""], 0
     for text, code in styled:
         lines[-1] += code
         for character in text:
             if character == "\t":
                 character = " " * (4 - column % 4)
-            elif character != "\n" and unicodedata.category(character) in ("Cc", "Cf", "Cs"):
-                character = "·"
-            size = sum(map(columns_of, character))
+            character = visible(character)
+            size = sum(map(width_of, character))
             if character == "\n" or column + size > width:
                 lines.append(code)
                 column = 0
@@ -347,7 +346,7 @@ def laid_out(styled, width):
     return lines
 
 
-def columns_of(character):
+def width_of(character):
     """How many columns of a terminal a character takes."""
     if unicodedata.combining(character) or unicodedata.category(character) == "Me":
         return 0

@@ -137,7 +137,7 @@ class CanvasReader(BlockReader):
         super().__init__(model, recipe, canvas, how)
         self.length = canvas.tokens.shape[1]
 
-    def range(self, *_):
+    def columns(self, *_):
         return 0, self.length
 
 

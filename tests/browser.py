@@ -114,6 +114,14 @@ class Browser:
             actions += [{"type": "keyDown", "value": value}, {"type": "keyUp", "value": value}]
         source = {"type": "key", "id": "keys", "actions": actions}
         send(f"{self.session}/actions", {"actions": [source]})
+        self.flush()
+
+    def flush(self):
+        """Wait until the page has drawn what the last input changed."""
+        frames = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
+        script = {"script": frames.replace("arguments[0]", "() => done()"), "args": []}
+        script["script"] = "const done = arguments[0]; " + script["script"]
+        send(f"{self.session}/execute/async", script)
 
     def pointer(self, selector, *then, at=(0, 0)):
         """Move the mouse to `at`, in pixels from an element's middle; then "down", "up", (x, y)."""

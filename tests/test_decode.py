@@ -37,7 +37,7 @@ from naive_decoder import (
 )
 
 from configurator import Mistake
-from decode import Decoding, decode, generate, write
+from decode import Decoding, decode, generate, settled, write
 from diffusion import Recipe
 from huggingface import load_tokenizer
 
@@ -474,6 +474,35 @@ def test_the_hook_sees_every_step_and_cannot_bring_back_what_is_banned():
         found = follow(random_model(0), Endless, recipe, texts, Decoding(), None, hook)
         assert {*found[0].text[4:], *found[1].text[2:]} == {17}
         assert len(seen) >= 8
+
+
+def test_a_hook_that_gives_no_numbers_is_one_sentence():
+    def hook(logits, positions, rows):
+        return logits * torch.nan
+
+    with pytest.raises(Mistake, match="logits are not finite"):
+        follow(random_model(0), Endless, BLOCK, [PROMPT + [None] * 4], Decoding(temperature=1.0),
+               None, hook)
+
+
+@pytest.mark.parametrize("recipe", [BLOCK, FULL])
+@pytest.mark.parametrize("alg_temp", [1e-40, 1e-30, 1e-5, 100.0])
+def test_every_alg_temp_that_is_allowed_writes_a_token_a_step(recipe, alg_temp):
+    how = Decoding("entropy", alg_temp=alg_temp, temperature=1.0)
+    (found,) = follow(random_model(0), Endless, recipe, [PROMPT + [None] * 8], how)
+    assert [len(taken) for taken in found.taken] == [1] * 8
+
+
+@pytest.mark.parametrize("recipe", [BLOCK, FULL])
+@pytest.mark.parametrize("how", [{}, {"steps": 9}, {"verified": True}, {"steps": 2}])
+def test_settling_twice_is_settling_once(recipe, how):
+    if recipe is FULL:
+        how = {key: value for key, value in how.items() if key == "steps"}
+    elif how.get("steps") == 9:
+        how = {"steps": 4}
+    texts, cfg = [PROMPT + [None] * 8], random_model(0).cfg
+    once = settled(Decoding(**how), recipe, texts, cfg)
+    assert settled(once, recipe, texts, cfg) == once
 
 
 def test_what_a_step_shows():

@@ -23,7 +23,7 @@ import infill
 import prompts
 import sample
 import watch
-from configurator import Mistake
+from configurator import Mistake, visible
 from diffusion import Recipe
 from huggingface import load, load_tokenizer, write_model
 from model import ModelConfig, Transformer
@@ -235,7 +235,7 @@ def test_what_a_terminal_shows_stays_and_is_the_text_that_a_file_gets(run, comma
     with contextlib.redirect_stdout(terminal):
         assert sample.main([f"--init_from={run}", "--device=cpu", *words]) == 0
     shown = terminal.getvalue()
-    assert shown.rpartition("---")[0] == expected.rpartition("---")[0]
+    assert shown.rpartition("---")[0] == visible(expected.rpartition("---")[0])
     assert all(shown.startswith(screen) for screen in terminal.screens)
     partly = [screen for screen in terminal.screens if "sample 1" in screen]
     assert len(set(partly)) > (2 if "--stop" not in str(words) else 0)
@@ -261,7 +261,7 @@ def test_a_stream_prints_the_text_in_whatever_order_it_is_written(text, stops, r
     ids = list(text.encode() if isinstance(text, str) else text)
     tok, how = Bytes(), sample.Config(stop=tuple(stops))
     gap = sample.Gap("before ", " after", [1, 2], [3], [len(ids)])
-    whole = gap.text([1, 2, *ids, 3], tok, how.stop)
+    whole = visible(gap.text([1, 2, *ids, 3], tok, how.stop))  # no control characters
     written, out = [1, 2, *[None] * len(ids), 3], io.StringIO()
     with contextlib.redirect_stdout(out):
         stream = sample.Stream(gap, tok, how)
@@ -345,7 +345,7 @@ def test_a_line_each_gives_a_json_object_each(run, command, tmp_path):
 
 
 def test_json_objects_keep_what_else_they_hold(run, command, tmp_path, monkeypatch):
-    entries = [{"task_id": "HumanEval/0", "prompt": "def f():\n", "index": 9}, {"prompt": "x"}]
+    entries = [{"task_id": "HumanEval/0", "prompt": "def f():\n"}, {"prompt": "x"}]
     stdin_of(monkeypatch, b"\xef\xbb\xbf" + "\n".join(map(json.dumps, entries)).encode())
     out = tmp_path / "out.jsonl"
     status, printed, _ = command(run, "--prompts=-", f"--out={out}", "--max_new_tokens=2")
@@ -621,7 +621,7 @@ GAP = "--prompt=a<FILL>b"
     (["--prompt=   "], "the prompt is empty"),
     (["--prompt=" + "def f(x):\n" * 100], "the model's context only 64"),
     (["--prompt=x\udcff"], "the text is not Unicode: character 1 is"),
-    (["--chat=true"], "has no chat template"),
+    (["--chat=true", "--prompt=x"], "has no chat template"),
     (["--prompt", "--samples=2"], "--prompt needs a value, and '--samples=2' is another setting"),
     (["--steps=5"], "more than the 4 tokens of a block"),
     (["--steps=2", "--threshold=0.5"], "threshold and steps each say how many"),
@@ -737,7 +737,43 @@ def test_a_folder_without_a_mask_is_one_sentence(run):
 def test_a_prompt_of_no_tokens_is_one_sentence(run):
     (run / "chat_template.jinja").write_text("{# #}")
     with pytest.raises(Mistake, match="the prompt has no tokens"):
-        sample.main([f"--init_from={run}", "--chat=true"])
+        sample.main([f"--init_from={run}", "--chat=true", "--prompt=x"])
+
+
+def test_what_is_piped_into_a_chat_is_its_message(run, command, monkeypatch):
+    (run / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    stdin_of(monkeypatch, b"hello")
+    said = []
+    monkeypatch.setattr(sample, "prompt_gap", lambda text, *_: said.append(text) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command(run, "--chat=true")
+    assert said == ["hello"]
+
+
+def test_a_model_cannot_command_the_terminal():
+    text = "\x1b]0;title\x07\x1b[2J a\tb\n\u202e"
+    assert visible(text) == "·]0;title··[2J a\tb\n·"
+
+
+@pytest.mark.parametrize("key", ["completion", "index", "sample"])
+def test_no_field_of_an_object_is_replaced(run, tmp_path, key):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "x", key: 1}))
+    with pytest.raises(Mistake, match=f"has '{key}' already"):
+        sample.main([f"--init_from={run}", f"--prompts={path}"])
+
+
+def test_neither_the_prompts_nor_anything_but_a_file_is_replaced(run, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("x")
+    with pytest.raises(Mistake, match="is what is read, too"):
+        sample.main([f"--init_from={run}", f"--prompts={path}", f"--out={path}"])
+    (tmp_path / "link").symlink_to(path)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe", "."):
+        with pytest.raises(Mistake, match="is not a regular file, and is not replaced"):
+            sample.main([f"--init_from={run}", f"--prompts={path}", f"--out={tmp_path / name}"])
+    assert path.read_text() == "x"
 
 
 def test_logits_that_are_not_finite_are_one_sentence(run):

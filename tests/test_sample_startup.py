@@ -265,7 +265,7 @@ def test_a_mistake_is_known_before_anything_is_typed(talking, settings, says):
     assert terminal.close() == 1 and says in terminal.screen and "> " not in terminal.screen
 
 
-def test_a_conversation_that_outgrows_the_context_ends_in_a_sentence(data_folder, tmp_path):
+def test_a_conversation_that_outgrows_the_context_begins_anew(data_folder, tmp_path):
     folder = write_tiny_run(tmp_path / "run", data_folder)
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}{% endfor %}")
@@ -274,5 +274,8 @@ def test_a_conversation_that_outgrows_the_context_ends_in_a_sentence(data_folder
     terminal.type("x" * 20 + "\n")
     terminal.read("> ")
     terminal.type("x" * 40 + "\n")
-    assert terminal.close() == 1
-    assert "error: the prompt has 90 tokens, the model's context only 64" in terminal.screen
+    terminal.read("> ")
+    assert "--- the prompt has 90 tokens, the model's context only 64" in terminal.screen
+    assert "--- a new conversation begins" in terminal.screen
+    terminal.type("\x04")
+    assert terminal.close() == 0

@@ -1780,6 +1780,7 @@ def test_a_chat_is_a_prompt_in_the_folders_template(tmp_path, command, capsys, m
             sample.main,
             f"--init_from={write(tmp_path / 'g', 'qwen2')}",
             "--chat=true",
+            "--prompt=x",
             "--device=cpu",
         )
 

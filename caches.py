@@ -68,6 +68,11 @@ class Graphs:
         graph.replay()
         return hidden
 
+    def keep(self, rows):
+        """Drop all rows of the batch but these, (b,) int64, and the graphs of the larger batch."""
+        self.cache.keep(rows)
+        self.recorded = {}
+
     def record(self, plan):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -101,8 +106,7 @@ class BlockReader:
         if self.boundary is not None:
             self.boundary = self.boundary[rows]
         if self.cache is not None:
-            self.cache.keep(rows)
-            self.forward = Graphs(self.model, self.cache, self.how)
+            self.forward.keep(rows)
 
     def begin(self, canvas, number, columns):
         """From here on the decoding block is `number`, of these columns (b, block_length)."""
@@ -172,8 +176,7 @@ class TextReader:
 
     def keep(self, rows):
         if self.cache is not None:
-            self.cache.keep(rows)
-            self.forward = Graphs(self.model, self.cache, self.how)
+            self.forward.keep(rows)
 
     def begin(self, canvas, number, columns):
         """From here on the decoding block is `number`, of these columns (b, n), see columns_of."""

@@ -87,8 +87,7 @@ def draft_and_verify(model, tok, recipe, canvas, how, hook):
             rows = [row for row, more in enumerate(left) if more]
             rows = torch.tensor(rows, device=taken.device)
             canvas.keep(rows)
-            cache.keep(rows)
-            forward = Graphs(model, cache, how)
+            forward.keep(rows)
             draft = Draft(draft.begin[rows], draft.tokens[rows], draft.known[rows])
 
         hidden = forward(copies(draft, canvas, least))  # (b, (2 + n) · K, d_model)

@@ -424,8 +424,8 @@ def rounded(x):
 
 def figures(trace, row):
     """(name, value) pairs of one text."""
-    order, forwards = order_of(trace, row), max(1, len(trace.moments(row)))
-    return [["tokens per forward", f"{len(order) / forwards:.2f}"],
+    order, forwards = order_of(trace, row), sum(bool(m.written) for m in trace.rows[row])
+    return [["tokens per forward", f"{len(order) / max(1, forwards):.2f}"],
             ["local AR-ness@1", averaged([local_ar(order, 1)])],
             ["global AR-ness@1", averaged([global_ar(order, 1)])]]
 
@@ -485,7 +485,7 @@ def stats(trace, most=8):
     """A text: speed, and AR-ness for k = 1 … `most`, the mean over the texts."""
     orders = [order_of(trace, row) for row in range(len(trace.rows))]
     written = sum(map(len, orders))
-    forwards = len([m for moments in trace.rows for m in moments if m.written])
+    forwards = sum(bool(m.written) for moments in trace.rows for m in moments)
     texts = "1 text" if len(orders) == 1 else f"{len(orders)} texts"
     lines = [f"{texts}: {written} tokens in {trace.seconds:.2f} s, "
              f"{written / max(trace.seconds, 1e-9):.0f} tokens/s, "

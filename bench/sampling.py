@@ -112,8 +112,8 @@ def load_models(cfg):
 def held_out(folder, tok, length, count):
     """`count` pieces of held-out documents, evenly spread, without ends: (count, length) int64."""
     windows = Windows(folder, "val", length, tok.vocab_size)
-    pieces = [windows.window(n)[0] for n in range(len(windows)) if len(windows.bounds(n)) == 2]
-    pieces = [piece for piece in pieces if tok.eos_id not in piece]
+    pieces = [windows.window(n)[0] for n in range(len(windows))]
+    pieces = [piece for piece in pieces if tok.eos_id not in piece]  # which ends each document
     if len(pieces) < count:
         raise Mistake(f"{folder} has {len(pieces)} held-out pieces of {length} tokens, and not "
                       f"{count}: ask for fewer rounds or prefixes")

@@ -898,7 +898,25 @@ def test_logits_that_are_not_finite_end_with_a_one_line_message(bad, temperature
     assert "not finite" in says
 
 
+@pytest.mark.parametrize("text", [
+    "def f", [BOS, VOCAB + 2, None], [BOS, -1, None], [BOS, "x", None]])
+def test_a_text_of_anything_but_ids_is_one_sentence(text):
+    assert "a text is a list of None and ids below 42" in sentence(BLOCK, Decoding(), text)
+
+
+@pytest.mark.parametrize("row", [-1, 2**32])
+def test_a_row_number_beyond_the_random_streams_is_one_sentence(row):
+    with pytest.raises(Mistake, match="rows must be numbers from 0 to"):
+        next(decode(random_model(0), Tok, BLOCK, [PROMPT + [None]], Decoding(), [row]))
+
+
+def test_a_prompt_without_room_is_one_sentence():
+    with pytest.raises(Mistake, match="a prompt of 128 tokens leaves no room"):
+        generate(random_model(0), Tok, BLOCK, [[BOS] * 128], Decoding(), 4)
+
+
 @pytest.mark.parametrize("recipe, how, words", [
+    (Recipe("block", False, 129, mask_id=MASK), {}, ["block_size=129", "context of 128"]),
     (BLOCK, {"confidence": "entropy", "threshold": 0.5}, ["entropy", "threshold", "max_prob"]),
     (BLOCK, {"confidence": "margin", "factor": 0.5}, ["margin", "factor", "max_prob"]),
     (BLOCK, {"confidence": "random", "entropy_bound": 0.5}, ["random", "entropy_bound"]),

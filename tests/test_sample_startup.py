@@ -137,7 +137,24 @@ def test_many_prompts_in_a_pipe_give_json_lines_alone(endless):
                                                                         ("b", "xxxx")]
 
 
-def test_ctrl_c_keeps_the_prompts_that_are_done(endless, tmp_path):
+def test_a_reader_that_leaves_ends_it_without_a_word(endless):
+    process = start(f"--init_from={endless}", "--prompt=x", "--max_new_tokens=40", "--samples=9")
+    process.stdout.close()
+    assert process.wait(120) == 128 + signal.SIGPIPE
+    assert process.stderr.read() in ("", TILES)  # it may leave before the first forward
+
+
+@pytest.mark.parametrize("words, status, says", [
+    ("- <&-", 1, "stdin is closed"), ("x >&-", 0, TILES)])
+def test_streams_that_are_closed_from_the_start(endless, words, status, says):
+    command = f"{sys.executable} sample.py --init_from={endless} --max_new_tokens=4 --prompt="
+    command += words
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == status and says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_prompts_that_are_done(endless, tmp_path, number):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
     prompts.write_text("a\n" * 10_000)
     process = start(f"--init_from={endless}", f"--prompts={prompts}", f"--out={out}",
@@ -149,7 +166,7 @@ def test_ctrl_c_keeps_the_prompts_that_are_done(endless, tmp_path):
             break
         time.sleep(0.05)
     assert not out.exists()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     status, printed, err = finish(process)
     assert (status, printed) == (STOPPED, "") and "Traceback" not in err
     found = [json.loads(line) for line in out.read_text().splitlines()]
@@ -245,6 +262,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_program(talking):
     terminal.read("xxxx")
     terminal.type("\x03")
     terminal.read("> ")
+    time.sleep(0.5)  # a signal between the prompt and its read would wait for the next key
     terminal.type("\x03")
     assert terminal.close() == STOPPED and "Traceback" not in terminal.screen
 

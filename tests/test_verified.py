@@ -53,6 +53,28 @@ def model_of(K, shift, dtype=torch.float64):
     return model.to(dtype)
 
 
+@SHIFTS
+@HOWS
+def test_nothing_is_written_behind_a_stop_id(how, shift):
+    """The very ids, with None where nothing was written. The hook makes texts end."""
+    recipe, ended = recipe_of(8, shift), 0
+
+    def hook(logits, positions, rows):
+        logits = logits.clone()
+        logits[..., EOS] += 2.5
+        return logits
+
+    for seed in range(3):
+        texts = prompts(12, 20, seed)
+        one_by_one = follow(model_of(8, shift), Tok, recipe, texts, how, None, hook)
+        verified = follow(model_of(8, shift), Tok, recipe, texts, replace(how, verified=True), None,
+                          hook)
+        for left_to_right, found in zip(one_by_one, verified):
+            assert found.text == left_to_right.text
+            ended += None in found.text
+    assert ended > 5
+
+
 def prompts(number, new, seed=0):
     """Texts of 1 to 11 given tokens and `new` masks."""
     random = torch.Generator().manual_seed(seed)

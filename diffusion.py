@@ -55,6 +55,7 @@ class Recipe:
     u_init: Float(1e-9, 1) = 1e-3  # u_max at step 0
     strategies: tuple = ((0.0, 0.0, 0.0),)  # rates of CoDA's S1, S2, S3 per epoch; the last stays
     anneal_steps: Int(0, 2**31) = 0  # `bidirectional`: steps in which causal attention opens up
+    complementary: bool = False  # a row is read twice, under a mask and under its complement
     mask_id: Int(0, 2**31) | None = None
     pad_id: Int(0, 2**31) | None = None
 
@@ -80,6 +81,17 @@ class Recipe:
                           f"{self.objective!r}: only there does attention end up open on both "
                           "sides")
         self.check_strategies()
+        self.check_complementary()
+
+    def check_complementary(self):
+        if not self.complementary:
+            return
+        if self.objective == "ar" or self.schedule != "count":
+            raise Mistake("complementary=true needs a diffusion objective and schedule='count', "
+                          f"not {self.objective!r} and {self.schedule!r}, where it is biased")
+        if self.u_warmup_steps:  # the complement of few masks is many
+            raise Mistake(f"complementary=true excludes u_warmup_steps={self.u_warmup_steps}: "
+                          "give --u_warmup_steps=0")
 
     def check_strategies(self):
         if not self.strategies or not all(map(is_triple_of_rates, self.strategies)):
@@ -123,12 +135,25 @@ def is_triple_of_rates(triple):
 class Draw:
     """Which random numbers a batch gets: those of its rows' streams at this step.
 
-    rows: each row's number in the global batch of `batch_rows` rows.
+    rows: each row's number in the global batch of `batch_rows` rows. complement: for each row,
+    whether it gets the complement of its mask; None: none does.
     """
     seed: int
     step: int
     rows: range | list
     batch_rows: int
+    complement: list | None = None
+
+    @classmethod
+    def of(cls, recipe, seed, step, rows, batch_rows):
+        """The draw of these rows of a step; the result's `rows` are those of the data.
+
+        With `complementary` rows 2p and 2p + 1 are a pair: row p of the data, of half as many.
+        """
+        if not recipe.complementary:
+            return cls(seed, step, rows, batch_rows)
+        return cls(seed, step, [row // 2 for row in rows], batch_rows // 2,
+                   [row % 2 == 1 for row in rows])
 
 
 @dataclass
@@ -289,10 +314,23 @@ def span_mask_row(random, maskable, doc_start, t):
     return masked & maskable
 
 
-def corrupt_row(x0, block, doc_start, maskable, epoch, recipe, draw, row):
+def paired(masked, maskable, u, complement):
+    """One half of a complementary pair: masked, maskable (T,) bool and weight (T,).
+
+    Of n tokens one half masks m, the other n - m. Weights of n/2m = 1/(2u) and n/2(n - m), and of 1
+    where m = n, make the exact ELBO of their sum. A pair counts its tokens once.
+    masked, u: as mask_row returns them under `count`.
+    """
+    if complement:
+        return maskable & ~masked, np.zeros_like(maskable), 1 / (2 * np.maximum(1 - u, 1e-9))
+    return masked, maskable, np.where(u < 1, 1 / (2 * u), 1)
+
+
+def corrupt_row(x0, block, doc_start, maskable, epoch, recipe, draw, row, complement):
     """One row through the forward process.
 
     x0, block, doc_start, maskable: (T,) numpy. epoch: int, for `strategies`. row: its number.
+    complement: whether this is the second row of a complementary pair.
     Returns x0, xt, masked, maskable, weight, (T,) each: numpy, as in Noised.
     """
     random = stream(draw.seed, NOISE, draw.step, row)
@@ -312,8 +350,11 @@ def corrupt_row(x0, block, doc_start, maskable, epoch, recipe, draw, row):
     else:
         schedule, t_min = recipe.schedule, recipe.t_min
         masked, u = mask_row(random, maskable, block, t, count[block], schedule, t_min)
-    weight = np.zeros(len(x0), np.float32)
-    weight[masked] = 1 if draw.step < recipe.u_warmup_steps else 1 / u[masked]
+    u = np.where(maskable, u, 1)
+    weight = np.ones_like(u) if draw.step < recipe.u_warmup_steps else 1 / u
+    if recipe.complementary:
+        masked, maskable, weight = paired(masked, maskable, u, complement)
+    weight = np.where(masked, weight, 0).astype(np.float32)
     return x0, np.where(masked, recipe.mask_id, x0), masked, maskable, weight
 
 
@@ -329,8 +370,9 @@ def corrupt(batch, recipe, draw):
     block = noise_blocks(batch.doc_start, recipe)
     per_row = zip(batch.x0.numpy(), block.numpy(), batch.doc_start.numpy(), batch.maskable.numpy(),
                   map(int, batch.epochs))
-    noised_rows = [corrupt_row(*arrays, recipe, draw, int(row))
-                   for arrays, row in zip(per_row, draw.rows)]
+    complement = draw.complement or [False] * len(draw.rows)
+    noised_rows = [corrupt_row(*arrays, recipe, draw, int(row), second)
+                   for arrays, row, second in zip(per_row, draw.rows, complement)]
     x0, xt, masked, maskable, weight = (torch.from_numpy(np.stack(x)) for x in zip(*noised_rows))
     return Noised(x0=x0, xt=xt, masked=masked, maskable=maskable, weight=weight,
                   doc_start=batch.doc_start, doc_end=batch.doc_end)

@@ -55,6 +55,45 @@ def read_json(path):
     return value
 
 
+MAX_LINE = 2**24  # bytes in a line of a .jsonl file
+
+
+def read_json_lines(path):
+    """The objects in a .jsonl file, one per line: a generator of (where, dict), line by line.
+
+    where: such as "line 3 of tasks.jsonl", for messages. Blank lines are left out. Raises Mistake
+    for a missing file, and at a line that is longer than MAX_LINE, not UTF-8 or not an object.
+    """
+    if not Path(path).is_file():
+        raise Mistake(f"{path} is missing, or not a file")
+    with open(path, "rb") as f:
+        number = 0
+        while line := f.readline(MAX_LINE + 1):
+            number += 1
+            where = f"line {number} of {path}"
+            if len(line) > MAX_LINE:
+                raise Mistake(f"{where} is longer than {MAX_LINE:,} bytes: is each object on a "
+                              "line of its own?")
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the mark some editors begin with
+            if line.strip():
+                yield where, parse_line(where, line)
+
+
+def parse_line(where, line):
+    """The object in one line of JSON, bytes or str. Raises Mistake where there is none."""
+    try:
+        text = line.decode() if isinstance(line, bytes) else line
+        value = json.loads(text, parse_float=finite, parse_constant=finite)
+    except UnicodeDecodeError as error:
+        raise Mistake(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise Mistake(f"{where} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Mistake(f"{where} holds a {type(value).__name__}, not an object of names and values")
+    return value
+
+
 @contextmanager
 def replacing(path):
     """A binary file to write in place of `path`, which stays as it was if anything goes wrong."""

@@ -9,13 +9,14 @@ state. So is which of its documents are rearranged for filling in the middle.
 Documents and windows are multiples of 8 tokens long, so no block of 2, 4 or 8 is ever cut.
 `tokenizer.document_of` says why that matters.
 
-Not covered: supervised rows with a prompt, mixtures of corpora.
+Not covered: rows of prompts with answers (sft.py), mixtures of corpora.
 """
 import hashlib
 import json
 import queue
 import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,6 @@ class Windows:
         self.tokens, self.offsets = open_shards(folder, split, vocab_size)
         counts = [len(tokens) // T for tokens in self.tokens]
         self.ends = np.cumsum(counts)  # (shards,): windows in each shard and all before it
-        self.kept = None, None  # the last permutation: (seed, epoch) and (windows,) int64
         if len(self) == 0:
             longest = max(len(tokens) for tokens in self.tokens)
             raise Mistake(f"context={T} is longer than every {split} shard of {folder} "
@@ -125,7 +125,7 @@ class Windows:
         """
         rows = np.arange(batch_rows) if rows is None else np.asarray(rows)
         epochs, places = np.divmod(step * batch_rows + rows, len(self))  # (B,) each
-        numbers = [self.order(seed, int(e))[place] for e, place in zip(epochs, places)]
+        numbers = [epoch_order(seed, int(e), len(self))[place] for e, place in zip(epochs, places)]
         batch = self.batch(numbers, epochs)
         if self.fim_rate > 0:
             for x0, number, row in zip(batch.x0.numpy(), numbers, rows):
@@ -145,20 +145,20 @@ class Windows:
             if chance < self.fim_rate:
                 x0[start:end] = rearranged(x0[start:end].tolist(), self.tok, cuts)
 
-    def order(self, seed, epoch):
-        """The order of an epoch, (windows,) int64. The last one asked for is kept."""
-        if self.kept[0] != (seed, epoch):
-            key = np.array([seed, DATA_ORDER], np.uint64)  # a list would round seeds from 2^63 on
-            draw = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch]))
-            self.kept = (seed, epoch), draw.permutation(len(self))
-        return self.kept[1]
-
     def spread(self, count):
         """The numbers of `count` windows, or all if there are fewer, spread evenly over the split.
 
         For evaluation.
         """
         return np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+
+
+@lru_cache(maxsize=1)
+def epoch_order(seed, epoch, rows):
+    """The order in which an epoch visits `rows` rows, a permutation (rows,) int64."""
+    key = np.array([seed, DATA_ORDER], np.uint64)  # a list would round seeds from 2^63 on
+    draw = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, epoch]))
+    return draw.permutation(rows)
 
 
 def check_rows(T, batch_tokens):
@@ -207,8 +207,10 @@ def rearranged(document, tok, cuts):
 
 # --- the files of a folder ------------------------------------------------------------------------
 
-def open_shards(folder, split, vocab_size):
+def open_shards(folder, split, vocab_size, multiple=MULTIPLE):
     """The shards of a split, checked: a list of their tokens and a list of their offsets.
+
+    multiple: of what documents' lengths are multiples.
 
     tokens: (n,) uint16 or uint32, memory-mapped. offsets: (documents + 1,) int64.
     """
@@ -224,7 +226,7 @@ def open_shards(folder, split, vocab_size):
             raise Mistake(f"{path} is empty or was cut within a token: prepare the data again")
         tokens = np.memmap(path, dtype, "r")
         all_tokens.append(tokens)
-        all_offsets.append(read_offsets(path.with_suffix(".idx"), tokens))
+        all_offsets.append(read_offsets(path.with_suffix(".idx"), tokens, multiple))
     return all_tokens, all_offsets
 
 
@@ -249,7 +251,7 @@ def read_meta(folder):
     return read_json(path)
 
 
-def read_offsets(path, tokens):
+def read_offsets(path, tokens, multiple):
     """(documents + 1,) int64, checked against the shard that it belongs to."""
     if not path.is_file():
         raise Mistake(f"no {path} next to its .bin; prepare the data again")
@@ -258,9 +260,9 @@ def read_offsets(path, tokens):
     if not fits or (np.diff(offsets) <= 0).any():
         raise Mistake(f"{path} does not fit its .bin of {len(tokens):,} tokens: one was cut short; "
                       "delete both and prepare the data again")
-    if (offsets % MULTIPLE).any():
+    if (offsets % multiple).any():
         raise Mistake(f"{path} has documents that are not filled with <eos> to a multiple of "
-                      f"{MULTIPLE} tokens: an older version prepared them; prepare the data again")
+                      f"{multiple} tokens: an older version prepared them; prepare the data again")
     return offsets
 
 
@@ -280,12 +282,13 @@ def fingerprint(folder):
     for key in ("out", "source", "tokenizer"):  # names of folders
         meta.pop(key, None)
     digest.update(json.dumps(meta, sort_keys=True).encode())
-    paths = [*folder.glob("*.bin"), *folder.glob("*.idx"), *folder.glob("tokenizer*.json")]
+    paths = [*folder.glob("*.bin"), *folder.glob("*.scored"), *folder.glob("*.idx"),
+             *folder.glob("tokenizer*.json")]
     for path in sorted(paths):
         size = path.stat().st_size
         digest.update(f"\n{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with open(path, "rb") as file:
-            if path.suffix == ".bin":
+            if path.suffix in (".bin", ".scored"):
                 digest.update(file.read(END_BYTES))
                 file.seek(max(0, size - END_BYTES))
             digest.update(file.read())

@@ -9,7 +9,7 @@ import re
 import sys
 
 from configurator import Mistake
-from files import finite, read_text, replacing
+from files import parse_line, read_text, replacing
 
 
 def read_stdin():
@@ -39,11 +39,11 @@ def read_prompts(path):
 
 def parsed(where, line):
     try:
-        entry = json.loads(line, parse_float=finite, parse_constant=finite)
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"{where} is not readable JSON: {error}; a file whose first line begins "
-                      "like a JSON object has one a line") from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        entry = parse_line(where, line)
+    except Mistake as error:
+        raise Mistake(f"{error}; a file whose first line begins like a JSON object has one on "
+                      "each line") from error
+    if not isinstance(entry.get("prompt"), str):
         raise Mistake(f'{where} must be a JSON object with a text as its "prompt"')
     for key in ("completion", "index", "sample"):
         if key in entry:

@@ -1,4 +1,4 @@
-"""A run: its folder, resuming, restarts, signals, metrics: what surrounds a training loop.
+"""A run: its folder, resuming, signals, metrics, its model's sizes: what surrounds a training loop.
 
     out/toy/latest            the name of the newest checkpoint, such as step_0000300
     out/toy/step_0000300/     a checkpoint (checkpoint.py)
@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,7 +31,7 @@ import files
 import huggingface
 import parallel
 from configurator import Mistake
-from model import fast_dtype
+from model import ModelConfig, fast_dtype
 
 
 class Run:
@@ -377,3 +377,56 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: allocations below 1 GB come from the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def pick_model(cfg, given, folder):
+    """The model's config and tokenizer: of `folder`, or of the settings where that is None.
+
+    cfg: train.py's settings. given: the set of those that were set.
+    """
+    if folder is None:
+        if cfg.data.endswith(".jsonl"):
+            raise Mistake(f"data={cfg.data} has no tokenizer: name the model to fine-tune with "
+                          "--init_from=FOLDER")
+        tok = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token, cfg.fim_rate > 0)
+        sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)}
+        sizes["vocab_size"] = cfg.vocab_size or tok.vocab_size
+        model_cfg = ModelConfig(**sizes)
+        if model_cfg.vocab_size < tok.vocab_size:
+            raise Mistake(f"vocab_size={cfg.vocab_size} is less than the {tok.vocab_size} ids of "
+                          f"the tokenizer in {cfg.data}; 0 takes as many")
+    else:
+        model_cfg, tok, _ = huggingface.read_description(folder, cfg.mask_token, cfg.bos_token,
+                                                         cfg.fim_rate > 0, objective="ar")
+        check_fits(cfg, given, folder, model_cfg)
+        huggingface.check_weights(folder, model_cfg)  # before memory is allocated for them
+    if not cfg.data.endswith(".jsonl"):
+        check_tokenizer(cfg.data, tok)
+    tok.fim_trained = tok.fim_trained or cfg.fim_rate > 0
+    return model_cfg, tok
+
+
+def check_fits(cfg, given, folder, model_cfg):
+    """The model of a folder has the sizes that were asked for, and room for the context."""
+    sizes = given & {f.name for f in fields(ModelConfig)} - {"context"}
+    if cfg.vocab_size == 0:  # the folder's own
+        sizes -= {"vocab_size"}
+    for name in sizes:
+        if getattr(cfg, name) != getattr(model_cfg, name):
+            raise Mistake(f"{name}={getattr(cfg, name)} was asked for, but the model in {folder} "
+                          f"has {getattr(model_cfg, name)}")
+    if cfg.context > model_cfg.context:
+        raise Mistake(f"context={cfg.context} is longer than the {model_cfg.context} of the model "
+                      f"in {folder}")
+
+
+def check_tokenizer(data, tok):
+    """Raise Mistake where the tokens in a folder of data are not those of the model."""
+    prepared = huggingface.load_tokenizer(data)
+    vocabulary = tok.hf.get_vocab()  # it may have a <mask> that the data's has not
+    if not prepared.hf.get_vocab().items() <= vocabulary.items():
+        raise Mistake(f"{data} was prepared with another tokenizer than the one in {tok.folder}: "
+                      f"prepare it again with --tokenizer={tok.folder}, or train from scratch")
+    if prepared.bos_id != tok.bos_id:  # the model would never see how its prompts begin
+        raise Mistake(f"documents begin with {prepared.bos_id} in {data} and with {tok.bos_id} for "
+                      "the model: prepare the data with the same --bos_token")

@@ -319,11 +319,15 @@ class Tokenizer:
         return self.call(self.hf.decode, [int(i) for i in ids], skip_special_tokens=True)
 
     def chat(self, messages, add_generation_prompt=True):
-        """Messages -> list of int, as the chat template writes them, special tokens included.
+        """Messages -> list of int: `render` and `encode_rendered`."""
+        return self.encode_rendered([self.render(messages, add_generation_prompt)])[0]
 
-        messages: list of {"role": str, "content": str}; a special token's name in them is that
-        token, as in transformers. add_generation_prompt: go on to where the assistant's answer
-        begins. Raises Mistake where there is no template or it fails; see `render`.
+    def render(self, messages, add_generation_prompt=True):
+        """Messages -> str, as the chat template writes them, names of special tokens included.
+
+        messages: list of {"role": str, "content": str}. add_generation_prompt: go on to where the
+        assistant's answer begins. Raises Mistake where there is no template or it fails; see
+        templates.render.
         """
         template = self.jinja or self.config.get("chat_template")
         if isinstance(template, list):  # several, each with a name
@@ -345,9 +349,16 @@ class Tokenizer:
         except Mistake as error:
             raise Mistake(f"the chat template in {self.folder} refuses these messages: "
                           f"{error}") from error
+        return text
+
+    def encode_rendered(self, texts):
+        """list of str -> list of lists of int; a special token's name is that token.
+
+        As in transformers, also where a message has the name. See `render`.
+        """
         self.hf.encode_special_tokens = False
         try:
-            return self.call(self.hf.encode, text, add_special_tokens=False).ids
+            return [e.ids for e in self.call(self.hf.encode_batch, texts, add_special_tokens=False)]
         finally:
             self.hf.encode_special_tokens = True
 

@@ -3,12 +3,13 @@
     python train.py config/toy_ar.py                    # a small autoregressive model of real code
     python train.py config/toy.py                       # block diffusion, from its weights
     python train.py config/toy.py --resume=true         # go on with it, if it was begun
+    python train.py config/toy_sft.py                   # prompts and answers (sft.py)
     torchrun --nproc_per_node=8 train.py config/8b.py   # the same loop on eight GPUs (parallel.py)
     python train.py config/8b.py --dry_run=true         # what a run would take (plan.py)
 
 However many processes share the work, rows and noise are the same, and losses agree to rounding.
 
-Not covered: supervised fine-tuning.
+Not covered: reinforcement learning.
 """
 if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints no traceback
     from configurator import begin
@@ -16,7 +17,7 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
 
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -28,11 +29,12 @@ import huggingface
 import loader
 import parallel
 import plan
+import sft
 from attention_kernel import say_if_tiled
 from configurator import Float, Int, Mistake, Name, Seed, configure
 from diffusion import Draw, Recipe, corrupt, evaluate, spans_for, u_max, weighted_loss
-from model import ModelConfig, pick_device
-from run import Run, pick_machine
+from model import pick_device
+from run import Run, pick_machine, pick_model
 
 
 @dataclass
@@ -43,12 +45,16 @@ class Config:
     resume: bool = False  # go on from out's newest checkpoint; if there is none, begin
     seed: Seed = 1337  # of the weights, the data order and the noise
     # data
-    data: Name = "data/stdlib"  # folder that a prepare.py wrote
+    data: Name = "data/stdlib"  # folder that a prepare.py wrote, or a .jsonl file of samples
+    val_data: str = ""  # (samples) another .jsonl file to validate on; empty: a part of `data`
+    val_percent: Float(1e-6, 99.9) = 5.0  # (samples) the part, in percent
     context: Int(8, 2**24) = 256  # T: clean tokens per row, a multiple of 8
     batch_tokens: Int(2, 2**28) = 4096  # clean tokens per optimizer step, over all rows
     micro_batch: Int(1, 2**20) = 16  # rows per forward pass of one process; more accumulate
     cross_document: bool = False  # True: a row's documents see each other (Stable-DiffCoder)
     fim_rate: Float(0, 1) = 0.0  # share of documents as suffix, prefix, middle (loader.rearranged)
+    canvas: Int(1, 2**24) = 256  # (samples, bidirectional) <eos> fills a completion to a drawn size
+    condition_epochs: Float(0, 1e6) = 0.0  # (samples) in which prompts become context; CoDA: 1
     # model (with init_from=FOLDER: that folder's sizes)
     vocab_size: Int(0, 2**24) = 0  # rows of the embedding; 0: as many as the tokenizer has ids
     bos_token: str = ""  # name of the token that begins a document; empty: the tokenizer's, if any
@@ -75,8 +81,10 @@ class Config:
     u_init: Float(1e-9, 1) = 1e-3  # the cap at step 0
     strategies: tuple = ((0.0, 0.0, 0.0),)  # CoDA's rates of S1, S2, S3, one triple per epoch
     anneal_steps: Int(0, 2**31) = 0  # steps from causal to full attention (objective=bidirectional)
+    complementary: bool = False  # rows in pairs, under a mask and its complement (schedule=count)
     # optimizer
     max_steps: Int(1, 2**31) = 1000  # optimizer steps
+    epochs: Float(0, 1e6) = 0.0  # passes over the data; 0: max_steps says how long to train
     lr: Float(1e-30, 1e6) = 2e-3  # peak learning rate
     min_lr: Float(0, 1e6) = 2e-4  # learning rate at the end
     lr_warmup_steps: Int(0, 2**31) = 50  # steps of linear rise to lr
@@ -104,6 +112,7 @@ class Config:
     reduce_each: bool = False  # exchange gradients per micro-batch: less memory, more traffic
     peak_tflops: Float(0, 1e6) = 0.0  # of one device, for the MFU; 0: looked up by its name
     # planning
+    show_row: Int(0, 2**40) | None = None  # print this row of the data, in color, and do nothing
     dry_run: bool = False  # print what the run would take (plan.py) and do nothing
     ranks: Int(0, 2**20) = 0  # dry_run: processes to plan for; 0: as many as run
     gpu_memory: Float(0.001, 1e6) = 80.0  # dry_run: memory of a device, in GB (10⁹ bytes)
@@ -112,58 +121,35 @@ class Config:
 
 # on resume: settings that must not change, and settings that may change silently
 FIXED = ("objective", "shift", "block_size", "schedule", "seed", "context", "batch_tokens",
-         "cross_document")
-FREE = ("init_from", "resume", "out", "data", "threads", "dtype", "device")
+         "cross_document", "canvas", "condition_epochs", "complementary")
+FREE = ("init_from", "resume", "out", "data", "val_data", "threads", "dtype", "device")
 
 
 def check(cfg):
     """Settings that cannot go together, found before anything is loaded."""
     loader.check_rows(cfg.context, cfg.batch_tokens)
+    sft.check(cfg)
+    if cfg.complementary and cfg.batch_tokens // cfg.context % 2:
+        raise Mistake(f"complementary=true needs an even number of rows per step, not "
+                      f"batch_tokens / context = {cfg.batch_tokens // cfg.context}")
     if cfg.min_lr > cfg.lr:
         raise Mistake(f"min_lr={cfg.min_lr:g} is above lr={cfg.lr:g}, so the learning rate would "
                       f"rise at the end; give --min_lr={cfg.lr / 10:g} or another below lr")
 
 
-def model_and_tokenizer(cfg, given, folder):
-    """The model's config and tokenizer: of `folder`, or of the settings where that is None."""
-    data = huggingface.load_tokenizer(cfg.data)
-    if folder is None:
-        tok = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token, cfg.fim_rate > 0)
-        sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)}
-        sizes["vocab_size"] = cfg.vocab_size or tok.vocab_size
-        model_cfg = ModelConfig(**sizes)
-        if model_cfg.vocab_size < tok.vocab_size:
-            raise Mistake(f"vocab_size={cfg.vocab_size} is less than the {tok.vocab_size} ids of "
-                          f"the tokenizer in {cfg.data}; 0 takes as many")
-    else:
-        model_cfg, tok, _ = huggingface.read_description(folder, cfg.mask_token, cfg.bos_token,
-                                                         cfg.fim_rate > 0, objective="ar")
-        check_fits(cfg, given, folder, model_cfg)
-        huggingface.check_weights(folder, model_cfg)  # before memory is allocated for them
-        vocabulary = tok.hf.get_vocab()  # it may have a <mask> that the data's has not
-        if not data.hf.get_vocab().items() <= vocabulary.items():
-            raise Mistake(f"{cfg.data} was prepared with another tokenizer than the one in "
-                          f"{folder}: prepare it again with --tokenizer={folder}, or train from "
-                          "scratch")
-    if data.bos_id != tok.bos_id:  # the model would never see how its prompts begin
-        raise Mistake(f"documents begin with {data.bos_id} in {cfg.data} and with {tok.bos_id} for "
-                      "the model: prepare the data with the same --bos_token")
-    tok.fim_trained = tok.fim_trained or cfg.fim_rate > 0
-    return model_cfg, tok
+def open_data(cfg, tok, world):
+    """The train and the val split: rows of samples (sft.py), or windows of documents (loader.py).
 
-
-def check_fits(cfg, given, folder, model_cfg):
-    """The model of a folder has the sizes that were asked for, and room for the context."""
-    sizes = given & {f.name for f in fields(ModelConfig)} - {"context"}
-    if cfg.vocab_size == 0:  # the folder's own
-        sizes -= {"vocab_size"}
-    for name in sizes:
-        if getattr(cfg, name) != getattr(model_cfg, name):
-            raise Mistake(f"{name}={getattr(cfg, name)} was asked for, but the model in {folder} "
-                          f"has {getattr(model_cfg, name)}")
-    if cfg.context > model_cfg.context:
-        raise Mistake(f"context={cfg.context} is longer than the {model_cfg.context} of the model "
-                      f"in {folder}")
+    Either has `at_step` and `batch`, which return Batches.
+    """
+    if sft.is_supervised(cfg.data):
+        train_data, val_data = sft.open_splits(cfg, tok, quiet=world.rank > 0)
+        world.say(f"{cfg.data}: {train_data.in_words()}; to validate, {val_data.in_words()}")
+        return train_data, val_data
+    windows = partial(loader.Windows, cfg.data, T=cfg.context, vocab_size=tok.vocab_size,
+                      cross_document=cfg.cross_document)
+    train_data = windows(split="train", fim_rate=cfg.fim_rate, tok=tok)
+    return train_data, windows(split="val")  # never rearranged: its scores stay comparable
 
 
 def make_batch(step, data, recipe, cfg, rows):
@@ -171,9 +157,9 @@ def make_batch(step, data, recipe, cfg, rows):
 
     It runs in the prefetch thread.
     """
-    batch_rows = cfg.batch_tokens // cfg.context
-    batch = data.at_step(cfg.seed, step, batch_rows, rows)
-    noised = corrupt(batch, recipe, Draw(cfg.seed, step, rows, batch_rows))
+    draw = Draw.of(recipe, cfg.seed, step, rows, cfg.batch_tokens // cfg.context)
+    batch = data.at_step(cfg.seed, step, draw.batch_rows, draw.rows)
+    noised = corrupt(batch, recipe, draw)
     return noised, spans_for(recipe, batch.doc_start, batch.doc_end, step).pairs
 
 
@@ -183,7 +169,7 @@ def say_what_starts(cfg, world, run, machine, model, folder, epoch):
     origin = "new" if folder is None else f"from {folder}"
     world.say(f"{cfg.out}: {weights / 1e6:.2f} M parameters, {cfg.objective}, {origin}, "
               f"steps {run.start} to {cfg.max_steps} of {cfg.batch_tokens} tokens; "
-              f"{epoch:,} windows per epoch; {world.size} x {machine['device']}, "
+              f"{epoch:,} rows per epoch; {world.size} x {machine['device']}, "
               f"{machine['dtype']}, {machine['threads']} threads")
     if world.rank == 0:
         say_if_tiled(machine["device"], getattr(torch, machine["dtype"]), model.cfg.head_dim)
@@ -192,7 +178,7 @@ def say_what_starts(cfg, world, run, machine, model, folder, epoch):
 def train(cfg, given, world, run):
     """Set up, then one optimizer step after another. Returns the exit code."""
     rows = parallel.rows_of(world.rank, world.size, cfg)
-    fingerprint = world.first(partial(loader.fingerprint, cfg.data))
+    fingerprint = world.first(partial(sft.fingerprint, cfg))
     run.check_resumed(cfg, FIXED, FREE, fingerprint)
     machine = pick_machine(cfg, world, run.saved)
     dtype = getattr(torch, machine["dtype"])
@@ -201,13 +187,17 @@ def train(cfg, given, world, run):
     folder = run.checkpoint
     if folder is None and cfg.init_from != "scratch":
         folder = huggingface.find(cfg.init_from)
-    model_cfg, tok = model_and_tokenizer(cfg, given, folder)
+    model_cfg, tok = pick_model(cfg, given, folder)
     recipe = Recipe.of(cfg, tok.mask_id, tok.pad_id)
-    windows = partial(loader.Windows, cfg.data, T=cfg.context, vocab_size=tok.vocab_size,
-                      cross_document=cfg.cross_document)
-    train_data = windows(split="train", fim_rate=cfg.fim_rate, tok=tok)
-    val_data = windows(split="val")  # never rearranged: its scores stay comparable
+    train_data, val_data = open_data(cfg, tok, world)
+    if cfg.show_row is not None:
+        world.first(partial(sft.show_row, train_data, cfg.show_row, tok))
+        return 0
     held_out = val_data.batch(val_data.spread(cfg.eval_windows))
+    asked = cfg  # what a checkpoint keeps: a resumed run finds the same settings
+    if cfg.epochs:
+        batch_rows = Draw.of(recipe, cfg.seed, 0, rows, cfg.batch_tokens // cfg.context).batch_rows
+        cfg = replace(cfg, max_steps=max(1, round(cfg.epochs * len(train_data) / batch_rows)))
     plan.check_memory(model_cfg, cfg.optimizer, world.device.type)
     model = parallel.build(model_cfg, world, dtype, cfg)
     if folder is None:
@@ -275,7 +265,7 @@ def train(cfg, given, world, run):
             if done and cfg.eval_every:  # before the last save: whoever has that has the scores too
                 run.evaluate(cfg.max_steps, model, score)
             if done or stop or (step + 1) % cfg.save_every == 0:
-                run.save(step + 1, model, optimizer, tok, recipe, cfg, machine, fingerprint)
+                run.save(step + 1, model, optimizer, tok, recipe, asked, machine, fingerprint)
             if stop:
                 world.say(f"stopped after step {step + 1}; the same command with --resume=true "
                           "continues")

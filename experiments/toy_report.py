@@ -27,7 +27,7 @@ import huggingface
 from configurator import Float, Int, Mistake, Name, configure, shortened
 from decode import Decoding, generate
 from files import read_json, read_text, write_text
-from loader import Windows
+from loader import Windows, epoch_order
 
 matplotlib.use("Agg")  # draws to files, on machines without a screen too
 import matplotlib.pyplot as plt
@@ -87,7 +87,7 @@ def ngram_bits_per_byte(train, val, tok, settings):
     """
     cfg = settings["config"]
     rows = settings["step"] * cfg["batch_tokens"] // cfg["context"]
-    numbers = train.order(cfg["seed"], 0)[:rows]
+    numbers = epoch_order(cfg["seed"], 0, len(train))[:rows]
     tables = count_ngrams(np.stack([train.window(number)[0] for number in numbers]))
     bits = size = 0
     batch = val.batch(val.spread(cfg["eval_windows"]))

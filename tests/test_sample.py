@@ -433,7 +433,7 @@ def test_a_failure_in_the_middle_keeps_what_is_done(run, command, tmp_path, monk
     ("\n \n", "has no prompts: write one a line"),
     ("x\n" + "y" * 90, "line 2 of .*: the prompt has 91 tokens, the model's context only 64"),
     ('{"prompt": "x"}\nx', "line 2 of .* is not readable JSON"),
-    ('{"prompt": "x"}\n[1]', 'line 2 of .* must be a JSON object with a text as its "prompt"'),
+    ('{"prompt": "x"}\n[1]', "line 2 of .* holds a list, not an object"),
     ('{"prompt": 5}', "line 1 of .* must be a JSON object"),
     ('{"text": "x"}', "line 1 of .* must be a JSON object"),
     ('{"prompt": " "}', "line 1 of .*: the prompt is empty"),

@@ -1,0 +1,485 @@
+"""Supervised fine-tuning: from prompts and their answers to rows of which only answers are scored.
+
+    python train.py config/toy_sft.py                # train on data/functions/train.jsonl
+    python train.py config/toy_sft.py --show_row=0   # look at a row, its scored tokens in color
+
+A line of a .jsonl file is one sample: {"prompt": …, "completion": …}, or {"messages": [{"role": …,
+"content": …}, …]}, which the model's chat template writes. Tokens of the prompt are context: never
+masked, never scored. A sample ends with <eos>; several share a row of T tokens and do not see each
+other. Rows are Batches, as loader.Windows makes them, so the training loop does not know the
+difference.
+
+A folder with train.scored beside train.bin holds samples that are tokens already, for corpora too
+large to be read anew at each start (`save`; data/opencoder/prepare.py).
+
+Not covered: chats with tools, weights of samples, mixtures of files.
+"""
+import hashlib
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import loader
+from configurator import Mistake, shortened, visible
+from diffusion import stream
+from files import read_json_lines, replacing
+from loader import Batch, check_window, epoch_order, open_shards
+from tokenizer import MULTIPLE, dtype_for
+
+FILLING = 5  # purpose of a random stream (diffusion.py, loader.py have others)
+MOST_EOS = 4  # <eos> after a sample under cross_document, at most (Stable-DiffCoder)
+CHUNK = 1000  # samples that are encoded at once, on all cores
+
+
+# --- from a line to tokens ------------------------------------------------------------------------
+
+def pieces_of(where, record, tok):
+    """A sample as a list of (text, scored), and whether its texts hold special tokens.
+
+    where: the line, for messages. record: a dict. Raises Mistake for a record without a prompt and
+    a completion, or messages; both must be texts.
+    """
+    if "messages" in record:
+        if "prompt" in record:
+            raise Mistake(f'{where} has a "prompt" and "messages": which of them is meant?')
+        return pieces_of_chat(where, record["messages"], tok), True
+    answer = "completion"
+    if answer not in record and "canonical_solution" in record:  # a task of HumanEval's schema
+        answer = "canonical_solution"
+    for name in ("prompt", answer):
+        if not isinstance(record.get(name), str):
+            raise Mistake(f'{where} must have a "prompt" and a "completion", both texts, or a list '
+                          f'of "messages"; its {name} is {shortened(record.get(name))}')
+    if not record[answer]:
+        raise Mistake(f"{where} has an empty {answer}: leave the line out, or write what the model "
+                      "is to answer")
+    return [(record["prompt"], False), (record[answer], True)], False
+
+
+def pieces_of_chat(where, messages, tok):
+    """A conversation, rendered, as a list of (text, scored): the assistant's turns are scored.
+
+    What an answer adds to the text before it, the words that begin an answer included, is found by
+    rendering the conversation up to there. Some templates write an answer differently once others
+    follow it (Qwen3's drops its thoughts): of such a conversation only the last answer is scored.
+    """
+    answers = check_messages(where, messages)
+    try:
+        whole = tok.render(messages[:answers[-1] + 1], add_generation_prompt=False)
+        pieces, done = [], 0  # done: characters of `whole` in `pieces`
+        for i in answers:
+            before = tok.render(messages[:i], add_generation_prompt=True)
+            after = whole
+            if i != answers[-1]:
+                after = tok.render(messages[:i + 1], add_generation_prompt=False)
+            if not after.startswith(before):
+                raise Mistake("what it writes before an answer is not how it goes on with one")
+            if not whole.startswith(after):
+                continue
+            pieces += [(whole[done:len(before)], False), (whole[len(before):len(after)], True)]
+            done = len(after)
+    except Mistake as error:
+        raise Mistake(f"{where}: {error}") from error
+    return pieces
+
+
+def check_messages(where, messages):
+    """The numbers of the assistant's messages. Raises Mistake for anything that is not a chat."""
+    if not isinstance(messages, list) or not messages:
+        raise Mistake(f'{where}: its "messages" must be a list of objects with a "role" and a '
+                      f'"content", not {shortened(messages)}')
+    for message in messages:
+        fits = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not fits or not isinstance(message.get("content"), str):
+            raise Mistake(f'{where}: each of its "messages" must have a "role" and a "content", '
+                          f"both texts, not {shortened(message)}")
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise Mistake(f"{where}: none of its messages is the assistant's, so there is nothing to "
+                      "learn")
+    if answers[0] == 0:
+        raise Mistake(f"{where}: its messages begin with the assistant's, before any question")
+    return answers
+
+
+def encode(samples, tok):
+    """Tokens of samples: lists of (ids, scored), both numpy, (length,) integers and bool.
+
+    A prompt and its completion are encoded apart, as they are when the model is asked. samples:
+    list of (pieces, whether they hold special tokens), as `pieces_of` returns.
+    """
+    texts = {True: [], False: []}
+    for pieces, special in samples:
+        texts[special] += [text for text, _ in pieces]
+    ids = {True: iter(tok.encode_rendered(texts[True])),
+           False: iter(tok.encode_batch(texts[False]))}
+    dtype = dtype_for(tok.vocab_size)
+    encoded = []
+    for pieces, special in samples:
+        bos = []
+        if tok.bos_id is not None and not special:  # a template writes its own
+            bos = [tok.bos_id]
+        tokens, scored = list(bos), [False] * len(bos)
+        for _, is_scored in pieces:
+            part = next(ids[special])
+            tokens += part
+            scored += [is_scored] * len(part)
+        encoded.append((np.array(tokens, dtype), np.array(scored, bool)))
+    return encoded
+
+
+def read(path, tok, quiet=False):
+    """The samples of a .jsonl file, encoded: a generator of (ids, scored, question).
+
+    question: str, the text that is not scored. quiet: without a progress bar. Raises Mistake, with
+    the number of the line, for what is no sample.
+    """
+    lines = read_json_lines(path)
+    with tqdm(desc=f"reading {path}", unit=" samples", disable=quiet, leave=False) as bar:
+        while chunk := list(islice(lines, CHUNK)):
+            samples = [pieces_of(where, record, tok) for where, record in chunk]
+            for (pieces, _), (ids, scored) in zip(samples, encode(samples, tok)):
+                yield ids, scored, "".join(text for text, is_scored in pieces if not is_scored)
+            bar.update(len(chunk))
+
+
+@dataclass
+class Store:
+    """Samples one after another. tokens, scored: (n,); offsets: (samples + 1,) int64."""
+    tokens: np.ndarray
+    scored: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, samples):
+        """samples: list of (ids, scored, question), at least one."""
+        lengths = [len(ids) for ids, _, _ in samples]
+        return cls(tokens=np.concatenate([ids for ids, _, _ in samples]),
+                   scored=np.concatenate([scored for _, scored, _ in samples]),
+                   offsets=np.cumsum([0, *lengths]))
+
+    @classmethod
+    def open(cls, folder, split, vocab_size):
+        """The samples that `write` wrote, memory-mapped."""
+        all_tokens, all_offsets = open_shards(folder, split, vocab_size, multiple=1)
+        path = Path(folder) / f"{split}.scored"
+        if len(all_tokens) > 1 or not path.is_file() or path.stat().st_size != len(all_tokens[0]):
+            raise Mistake(f"{path} does not fit the {split}*.bin beside it: prepare the data again")
+        return cls(all_tokens[0], np.memmap(path, np.uint8, "r"), all_offsets[0])
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def sample(self, number):
+        """(ids, scored) of one sample."""
+        part = slice(self.offsets[number], self.offsets[number + 1])
+        return self.tokens[part], self.scored[part] != 0
+
+
+def write(folder, split, samples):
+    """Write samples to a folder as they come: <split>.bin, <split>.scored, <split>.idx.
+
+    samples: iterable of (ids, scored, question). Returns how many there were.
+    """
+    offsets = [0]
+    folder = Path(folder)
+    with (replacing(folder / f"{split}.bin") as bin_file,
+          replacing(folder / f"{split}.scored") as scored_file):
+        for ids, scored, _ in samples:
+            ids.tofile(bin_file)
+            scored.tofile(scored_file)
+            offsets.append(offsets[-1] + len(ids))
+    with replacing(folder / f"{split}.idx") as file:
+        np.array(offsets, np.int64).tofile(file)
+    return len(offsets) - 1
+
+
+# --- from samples to rows -------------------------------------------------------------------------
+
+def pack(lengths, T):
+    """Which samples share a row of T tokens: best-fit decreasing.
+
+    Each sample, the longest first, goes to the row with the least room that still holds it.
+    lengths: (N,) integers, at most T. Returns (N,) int64, the row of each sample.
+    """
+    row_of = np.empty(len(lengths), np.int64)
+    rows = 0
+    with_room = [[] for _ in range(T + 1)]  # with_room[k]: the rows that have room for k tokens
+    rooms = []  # the k whose with_room is not empty, rising
+    for number in np.argsort(-lengths, kind="stable"):
+        place = bisect_left(rooms, lengths[number])
+        if place == len(rooms):  # no row has room
+            room, row = T, rows
+            rows += 1
+        else:
+            room = rooms[place]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms.pop(place)
+        row_of[number] = row
+        room -= int(lengths[number])
+        if not with_room[room]:
+            insort(rooms, room)
+        with_room[room].append(row)
+    return row_of
+
+
+class Samples:
+    """Rows of T tokens that hold samples: what loader.Windows is for documents.
+
+    store: a Store. tok: a Tokenizer.
+    cross_document: the samples of a row see each other, and 1 to 4 <eos> follow each, drawn anew
+        each time (Stable-DiffCoder). False: <eos> fills a sample to a multiple of 8 tokens, and
+        samples do not see each other.
+    canvas: under `bidirectional` a completion is written onto a canvas of masks, so its <eos> must
+        not tell where it ends: they fill it to a length drawn uniformly, up to this many tokens.
+        0: none is drawn.
+    condition_epochs: how long the share of the prompt that is context grows from 0 to 1; the rest
+        is masked and scored like the completion (CoDA). 0: all of it, always.
+    too_long: how many samples were left out because a row does not hold them.
+    Which samples share a row is decided once, with room for the most <eos> that can be drawn.
+    """
+
+    def __init__(self, store, T, tok, cross_document=False, canvas=0, condition_epochs=0.0):
+        check_window(T)
+        self.store, self.T, self.tok = store, T, tok
+        self.cross_document, self.canvas = cross_document, canvas
+        self.condition_epochs = condition_epochs
+        self.least, self.most = self.filled()
+        fitting = np.flatnonzero(self.most <= T)
+        self.too_long = len(store) - len(fitting)
+        if len(fitting) == 0:
+            raise Mistake(f"context={T} is too short: with its <eos>, the shortest sample takes "
+                          f"{self.most.min():,} tokens")
+        row_of = pack(self.most[fitting], T)
+        by_row = np.argsort(row_of, kind="stable")
+        self.numbers = fitting[by_row]  # (samples that fit,): row by row
+        self.starts = np.searchsorted(row_of[by_row], np.arange(row_of.max() + 2))  # (rows + 1,)
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def filled(self):
+        """The fewest and the most tokens that a sample takes with its <eos>: (samples,) int64 each.
+        """
+        lengths = np.diff(self.store.offsets)
+        if self.cross_document:
+            return lengths + 1, lengths + MOST_EOS
+        if not self.canvas:
+            filled = (lengths // MULTIPLE + 1) * MULTIPLE
+            return filled, filled
+        least = lengths + 1
+        return least, np.maximum(least, np.minimum(self.T, self.prompt_lengths() + self.canvas))
+
+    def prompt_lengths(self):
+        """Tokens before each sample's last completion, (samples,) int64."""
+        starts = self.store.offsets[:-1]
+        positions = np.arange(len(self.store.scored))
+        positions[self.store.scored != 0] = -1
+        return np.maximum(np.maximum.reduceat(positions, starts) + 1 - starts, 0)
+
+    def row(self, number, random, share=1.0):
+        """One row: tokens, where each token's document starts and ends, whether it is maskable.
+
+        random: the generator of its draws. share: of each prompt's tokens, from the left, how many
+        are context. What is left of the row is a document of its own, of which nothing is scored.
+        Returns three (T,) int64 arrays and a (T,) bool array.
+        """
+        rest = self.tok.pad_id
+        if rest is None:
+            rest = self.tok.eos_id
+        x0 = np.full(self.T, rest)
+        doc_start, doc_end = np.zeros(self.T, np.int64), np.full(self.T, self.T)
+        maskable = np.zeros(self.T, bool)
+        start = 0
+        samples = self.numbers[self.starts[number]:self.starts[number + 1]]
+        for sample in random.permutation(samples):
+            ids, scored = self.store.sample(sample)
+            free = self.most[sample] - self.least[sample] + 1
+            end = start + self.least[sample] + int(random.random() * free)
+            text_end = start + len(ids)
+            x0[start:text_end] = ids
+            x0[text_end:end] = self.tok.eos_id
+            maskable[start:text_end] = scored | ~context(scored, share)
+            maskable[text_end:end] = True
+            maskable[start] = False  # nothing comes before it
+            doc_start[start:end], doc_end[start:end] = start, end
+            start = end
+        doc_start[start:] = start
+        if self.cross_document:
+            doc_start[:start], doc_end[:start] = 0, start
+        return x0, doc_start, doc_end, maskable
+
+    def batch(self, numbers, epochs=None, draws=None, share=1.0):
+        """The rows of these numbers as a Batch.
+
+        epochs: (B,) int64; None: 0 for each. draws: (B,) generators; None: the same each time.
+        """
+        if epochs is None:
+            epochs = np.zeros(len(numbers), np.int64)
+        if draws is None:
+            draws = [stream(0, FILLING, 0, number) for number in numbers]
+        rows = [self.row(number, random, share) for number, random in zip(numbers, draws)]
+        x0, doc_start, doc_end, maskable = (np.stack(arrays) for arrays in zip(*rows))  # (B, T)
+        return Batch(x0=torch.from_numpy(x0.astype(np.int64)),
+                     doc_start=torch.from_numpy(doc_start.astype(np.int32)),
+                     doc_end=torch.from_numpy(doc_end.astype(np.int32)),
+                     maskable=torch.from_numpy(maskable),
+                     epochs=epochs)
+
+    def at_step(self, seed, step, batch_rows, rows=None):
+        """The Batch of a training step, as loader.Windows.at_step returns it."""
+        rows = np.arange(batch_rows) if rows is None else np.asarray(rows)
+        epochs, places = np.divmod(step * batch_rows + rows, len(self))  # (B,) each
+        numbers = [epoch_order(seed, int(e), len(self))[place] for e, place in zip(epochs, places)]
+        draws = [stream(seed, FILLING, step, row) for row in rows]
+        return self.batch(numbers, epochs, draws, self.share(step, batch_rows))
+
+    def share(self, step, batch_rows):
+        """The share of each prompt that is context at a step (CoDA's progressive conditioning)."""
+        steps = self.condition_epochs * len(self) / batch_rows
+        if step >= steps:
+            return 1.0
+        return step / steps
+
+    def spread(self, count):
+        """The numbers of `count` rows, or all if there are fewer, spread evenly over the split."""
+        return np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+
+    def in_words(self):
+        """How many samples and rows there are, how full these are, and what was left out."""
+        tokens = np.diff(self.store.offsets)[self.numbers].sum()
+        words = (f"{len(self.numbers):,} samples in {len(self):,} rows of {self.T} tokens, "
+                 f"{tokens / len(self) / self.T:.0%} of them text")
+        if self.too_long:
+            words += f"; {self.too_long:,} samples are longer than that and were left out"
+        return words
+
+
+def context(scored, share):
+    """Which tokens of a sample are context: the first `share` of those that are not scored.
+
+    scored: (n,) bool. Returns (n,) bool.
+    """
+    before = np.cumsum(~scored) - ~scored  # (n,) of the tokens to the left, those not scored
+    return ~scored & (before < int(share * np.count_nonzero(~scored)))
+
+
+# --- the data of a run ----------------------------------------------------------------------------
+
+def is_supervised(data):
+    """Whether --data names samples, and not documents: a .jsonl file, or a folder of samples."""
+    return str(data).endswith(".jsonl") or (Path(data) / "train.scored").is_file()
+
+
+def open_splits(cfg, tok, quiet=False):
+    """The train and the val split of a run's data as Samples.
+
+    cfg: train.py's settings. Without --val_data, a part of a .jsonl file is held out.
+    """
+    if not cfg.data.endswith(".jsonl"):
+        stores = [Store.open(cfg.data, split, tok.vocab_size) for split in ("train", "val")]
+    elif cfg.val_data:
+        stores = [Store.of(read_all(path, tok, quiet)) for path in (cfg.data, cfg.val_data)]
+    else:
+        stores = map(Store.of, split(read_all(cfg.data, tok, quiet), cfg))
+    canvas = cfg.canvas if cfg.objective == "bidirectional" else 0
+    train, val = (Samples(store, cfg.context, tok, cfg.cross_document, canvas) for store in stores)
+    train.condition_epochs = cfg.condition_epochs
+    return train, val
+
+
+def read_all(path, tok, quiet):
+    samples = list(read(path, tok, quiet))
+    if not samples:
+        raise Mistake(f"{path} is empty: write a sample on each line")
+    return samples
+
+
+def split(samples, cfg):
+    """Samples for training and for validation: two lists, neither empty."""
+    train = [sample for sample in samples if not is_held_out(sample[2], cfg.val_percent)]
+    val = [sample for sample in samples if is_held_out(sample[2], cfg.val_percent)]
+    if not train or not val:
+        raise Mistake(f"val_percent={cfg.val_percent:g} leaves {len(train)} samples of {cfg.data} "
+                      f"for training and {len(val)} for validation: change it, or name a file "
+                      "with --val_data")
+    return train, val
+
+
+def is_held_out(question, percent):
+    """Whether a sample belongs to the val split: a hash of its question decides.
+
+    So equal questions share a split, and adding lines moves none of the others.
+    """
+    digest = hashlib.sha256(question.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < percent / 100
+
+
+def fingerprint(cfg):
+    """A short digest of the files that a run's samples come from, 16 hexadecimal digits."""
+    if not cfg.data.endswith(".jsonl"):
+        return loader.fingerprint(cfg.data)
+    digest = hashlib.sha256(repr(cfg.val_percent).encode())
+    for path in filter(None, (cfg.data, cfg.val_data)):
+        for where, record in read_json_lines(path):
+            digest.update(f"{where} {record}".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+# --- a row to look at -----------------------------------------------------------------------------
+
+SCORED, FILLED, CONTEXT, PLAIN = "\x1b[30;42m", "\x1b[30;46m", "\x1b[2m", "\x1b[0m"
+
+
+def colored(batch, row, tok):
+    """A row of a Batch as text for a terminal: scored tokens on green, <eos> that fills on blue.
+
+    Each document begins on a line of its own.
+    """
+    lines = []
+    x0, maskable = batch.x0[row].tolist(), batch.maskable[row].tolist()
+    starts = batch.doc_start[row].tolist()
+    for i, (token, scored) in enumerate(zip(x0, maskable)):
+        if i == 0 or starts[i] != starts[i - 1]:
+            lines.append(f"\n{PLAIN}--- document at {i}\n")
+        text = visible(tok.decode([token]))
+        color = SCORED if scored else CONTEXT
+        if token in tok.special_ids.values():
+            text = f"[{tok.hf.id_to_token(token)}]"
+            color = FILLED if scored else CONTEXT
+        lines.append(f"{PLAIN}{color}{text}")
+    return "".join(lines) + PLAIN
+
+
+def show_row(data, number, tok):
+    """Print a row: what a model would learn from it. data: Samples, or loader.Windows."""
+    if number >= len(data):
+        raise Mistake(f"show_row={number} is beyond the last row, {len(data) - 1}")
+    batch = data.batch([number])
+    print(colored(batch, 0, tok))
+    print(f"row {number}: {int(batch.maskable.sum())} of {data.T} tokens are scored: "
+          f"{SCORED}text{PLAIN} and {FILLED}[special tokens]{PLAIN}")
+
+
+def check(cfg):
+    """Raise Mistake for settings of train.py that cannot go together with samples, or without."""
+    if is_supervised(cfg.data):
+        if cfg.fim_rate > 0:
+            raise Mistake(f"fim_rate={cfg.fim_rate:g} rearranges documents, and {cfg.data} holds "
+                          "prompts with answers: give --fim_rate=0")
+        if cfg.val_data and not cfg.data.endswith(".jsonl"):
+            raise Mistake(f"val_data={cfg.val_data} goes with a .jsonl file as --data: the folder "
+                          f"{cfg.data} has a val split of its own")
+    elif cfg.val_data or cfg.condition_epochs:
+        name = "val_data" if cfg.val_data else "condition_epochs"
+        raise Mistake(f"{name}={getattr(cfg, name)} goes with samples, and data={cfg.data} is not "
+                      "a .jsonl file or a folder of them")
+    for path in (cfg.data, cfg.val_data):
+        if path.endswith(".jsonl") and not Path(path).is_file():
+            raise Mistake(f"{path} is missing, or not a file")

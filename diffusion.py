@@ -495,5 +495,5 @@ def evaluate(model, batch, recipe, token_bytes, draws, micro_batch, world, autoc
         scored = part.x0[part.maskable]
         totals += [nats, variance, len(scored), token_bytes[scored].sum()]
     nats, variance, tokens, bytes_ = world.sum(*totals)
-    return {"nelbo": nats / tokens, "bits_per_byte": nats / math.log(2) / bytes_,
+    return {"nelbo": nats / tokens, "bits_per_byte": nats / math.log(2) / (bytes_ or math.nan),
             "nelbo_stderr": variance**0.5 / tokens, "tokens": int(tokens), "bytes": int(bytes_)}

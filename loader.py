@@ -37,7 +37,7 @@ class Batch:
     x0: torch.Tensor  # (B, T) int64
     doc_start: torch.Tensor  # (B, T) int32: where each token's document starts in the window
     doc_end: torch.Tensor  # (B, T) int32: and where it ends
-    maskable: torch.Tensor  # (B, T) bool: all but the first token of each document
+    maskable: torch.Tensor  # (B, T) bool: what is learned; not the first token of a document
     epochs: np.ndarray  # (B,) int64: the epoch of each row, from 0
 
     def select(self, rows):
@@ -161,13 +161,19 @@ def epoch_order(seed, epoch, rows):
     return draw.permutation(rows)
 
 
-def check_rows(T, batch_tokens):
-    """Raise Mistake for steps of `batch_tokens` tokens that are not whole windows of T tokens."""
+def check_rows(T, batch_tokens, pairs=False):
+    """Raise Mistake for steps of `batch_tokens` tokens that are not whole windows of T tokens.
+
+    pairs: they come in pairs (diffusion.Draw.of).
+    """
     check_window(T)
     if batch_tokens % T:
         near = max(1, round(batch_tokens / T)) * T
         raise Mistake(f"batch_tokens={batch_tokens} must be a multiple of context={T}, such as "
                       f"{near}")
+    if pairs and batch_tokens // T % 2:
+        raise Mistake(f"complementary=true needs an even number of rows per step, not "
+                      f"batch_tokens / context = {batch_tokens // T}")
 
 
 def check_window(T):
@@ -247,7 +253,8 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     if not path.is_file():
         raise Mistake(f"no meta.json in {folder}: nothing was prepared there, or its preparation "
-                      f"did not finish; `python -m data.stdlib.prepare --out={folder}` prepares it")
+                      f"did not finish; `python -m data.stdlib.prepare --out={folder}`, or another "
+                      "prepare.py of data/, prepares it")
     return read_json(path)
 
 

@@ -341,13 +341,19 @@ def weights_norm(model):
 
 
 def make_optimizer(model, cfg):
-    """AdamW or Adafactor by cfg.optimizer, with weight decay on the matrices alone."""
+    """AdamW, Adafactor or Muon by cfg.optimizer, with weight decay on the matrices alone."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     if cfg.optimizer == "adafactor":
         return Adafactor(groups, lr=cfg.lr, relative=False)
+    if cfg.optimizer == "muon":
+        inside = {p for p in model.layers.parameters() if p.dim() >= 2}
+        outside = [p for p in matrices if p not in inside]  # embeddings: their rows are apart
+        groups[0]["params"] = outside
+        groups.append({"params": list(inside), "weight_decay": cfg.weight_decay, "hidden": True})
+        return Muon(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2))
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
@@ -417,3 +423,78 @@ class Adafactor(torch.optim.Optimizer):
             variance = state["variance"].lerp_(squared, fresh)
         update = g * variance.clamp(min=eps[0] ** 2).rsqrt()
         p.sub_(update * (rate / (rms(update) / clip).clamp(min=1)))
+
+
+# --- Muon ----------------------------------------------------------------------------------------
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the groups with hidden=True, which are matrices; AdamW for
+    the others.
+
+    A matrix moves by its momentum, orthogonalized: all directions alike. As in Moonlight (Liu et
+    al. 2025, arXiv 2502.16982, Eq. 4) that is scaled to the size of AdamW's updates, so both share
+    a learning rate. The same numbers as torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and
+    torch.optim.AdamW. On sharded weights every process orthogonalizes the whole matrix and keeps
+    its rows.
+    """
+    MOMENTUM, EPS = 0.95, 1e-8
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, hidden=False):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay,
+                                  "hidden": hidden})
+
+    @torch.no_grad()
+    def step(self, closure=None):  # torch.distributed.checkpoint names it, nobody here passes one
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["hidden"]:
+                    update = self.orthogonal(p.grad, self.state[p])
+                else:
+                    update = self.adam(p.grad, self.state[p], *group["betas"])
+                p.sub_(update, alpha=group["lr"])
+
+    def orthogonal(self, g, state):
+        """Nesterov momentum of gradient g, (rows, columns), orthogonalized and scaled."""
+        if not state:
+            state["momentum"] = torch.zeros_like(g)
+        state["momentum"].lerp_(g, 1 - self.MOMENTUM)
+        update = g.lerp(state["momentum"], self.MOMENTUM)
+        scale = 0.2 * math.sqrt(max(g.shape))
+        if not isinstance(update, DTensor):
+            return scale * orthogonalized(update)
+        whole = orthogonalized(update.full_tensor())
+        everywhere = [Replicate()] * g.device_mesh.ndim
+        whole = DTensor.from_local(whole, g.device_mesh, everywhere, run_check=False)
+        return scale * whole.redistribute(placements=g.placements)
+
+    def adam(self, g, state, beta1, beta2):
+        """AdamW's update of gradient g, without the learning rate."""
+        if not state:
+            state["step"] = torch.zeros(())
+            state["mean"] = torch.zeros_like(g)
+            state["square"] = torch.zeros_like(g)
+        state["step"] += 1
+        step = state["step"].item()
+        mean = state["mean"].lerp_(g, 1 - beta1) / (1 - beta1**step)
+        square = state["square"].lerp_(g.square(), 1 - beta2) / (1 - beta2**step)
+        return mean / (square.sqrt() + self.EPS)
+
+
+def orthogonalized(g):
+    """The matrix U Vᵀ of g = U S Vᵀ, roughly: five steps of a Newton-Schulz iteration.
+
+    Its singular values end up between 0.7 and 1.2. The coefficients are Jordan's. In bfloat16, as
+    in the original. g: (rows, columns).
+    """
+    x = g.bfloat16() / (g.bfloat16().norm() + 1e-7)
+    if len(g) > g.shape[1]:
+        x = x.T
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    if len(g) > g.shape[1]:
+        x = x.T
+    return x.to(g.dtype)

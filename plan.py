@@ -148,7 +148,7 @@ def numel(shapes, sharers=1):
 
 def optimizer_bytes(shapes, sharers, optimizer):
     """Optimizer state of the first process, which has the most rows."""
-    if optimizer == "adamw":  # two moments, and a step count per weight
+    if optimizer != "adafactor":  # two moments, and a step count per weight; Muon's is less
         return 8 * numel(shapes, sharers) + 4 * len(shapes)
     rows_and_columns = sum(-(-s[0] // sharers) + sum(s[1:]) for s in shapes)
     return 4 * rows_and_columns + 4 * len(shapes)

@@ -411,7 +411,7 @@ def check_fits(cfg, given, folder, model_cfg):
     sizes = given & {f.name for f in fields(ModelConfig)} - {"context"}
     if cfg.vocab_size == 0:  # the folder's own
         sizes -= {"vocab_size"}
-    for name in sizes:
+    for name in sorted(sizes):
         if getattr(cfg, name) != getattr(model_cfg, name):
             raise Mistake(f"{name}={getattr(cfg, name)} was asked for, but the model in {folder} "
                           f"has {getattr(model_cfg, name)}")

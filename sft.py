@@ -10,13 +10,14 @@ other. Rows are Batches, as loader.Windows makes them, so the training loop does
 difference.
 
 A folder with train.scored beside train.bin holds samples that are tokens already, for corpora too
-large to be read anew at each start (`save`; data/opencoder/prepare.py).
+large to be read anew at each start (`write`; data/opencoder/prepare.py).
 
 Not covered: chats with tools, weights of samples, mixtures of files.
 """
 import hashlib
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from configurator import Mistake, shortened, visible
 from diffusion import stream
 from files import read_json_lines, replacing
 from loader import Batch, check_window, epoch_order, open_shards
-from tokenizer import MULTIPLE, dtype_for
+from templates import parts_of_chat
+from tokenizer import MULTIPLE, check_unicode, dtype_for
 
 FILLING = 5  # purpose of a random stream (diffusion.py, loader.py have others)
 MOST_EOS = 4  # <eos> after a sample under cross_document, at most (Stable-DiffCoder)
@@ -44,67 +46,25 @@ def pieces_of(where, record, tok):
     where: the line, for messages. record: a dict. Raises Mistake for a record without a prompt and
     a completion, or messages; both must be texts.
     """
-    if "messages" in record:
-        if "prompt" in record:
-            raise Mistake(f'{where} has a "prompt" and "messages": which of them is meant?')
-        return pieces_of_chat(where, record["messages"], tok), True
-    answer = "completion"
-    if answer not in record and "canonical_solution" in record:  # a task of HumanEval's schema
-        answer = "canonical_solution"
-    for name in ("prompt", answer):
-        if not isinstance(record.get(name), str):
-            raise Mistake(f'{where} must have a "prompt" and a "completion", both texts, or a list '
-                          f'of "messages"; its {name} is {shortened(record.get(name))}')
-    if not record[answer]:
-        raise Mistake(f"{where} has an empty {answer}: leave the line out, or write what the model "
-                      "is to answer")
-    return [(record["prompt"], False), (record[answer], True)], False
-
-
-def pieces_of_chat(where, messages, tok):
-    """A conversation, rendered, as a list of (text, scored): the assistant's turns are scored.
-
-    What an answer adds to the text before it, the words that begin an answer included, is found by
-    rendering the conversation up to there. Some templates write an answer differently once others
-    follow it (Qwen3's drops its thoughts): of such a conversation only the last answer is scored.
-    """
-    answers = check_messages(where, messages)
     try:
-        whole = tok.render(messages[:answers[-1] + 1], add_generation_prompt=False)
-        pieces, done = [], 0  # done: characters of `whole` in `pieces`
-        for i in answers:
-            before = tok.render(messages[:i], add_generation_prompt=True)
-            after = whole
-            if i != answers[-1]:
-                after = tok.render(messages[:i + 1], add_generation_prompt=False)
-            if not after.startswith(before):
-                raise Mistake("what it writes before an answer is not how it goes on with one")
-            if not whole.startswith(after):
-                continue
-            pieces += [(whole[done:len(before)], False), (whole[len(before):len(after)], True)]
-            done = len(after)
+        if "messages" in record:
+            if "prompt" in record:
+                raise Mistake('it has a "prompt" and "messages": which of them is meant?')
+            return parts_of_chat(record["messages"], tok), True
+        answer = "completion"
+        if answer not in record and "canonical_solution" in record:  # a task of HumanEval's schema
+            answer = "canonical_solution"
+        for name in ("prompt", answer):
+            if not isinstance(record.get(name), str):
+                raise Mistake('it must have a "prompt" and a "completion", both texts, or a list '
+                              f'of "messages"; its {name} is {shortened(record.get(name))}')
+            check_unicode(record[name])
+        if not record[answer]:
+            raise Mistake(f"its {answer} is empty: leave the line out, or write what the model is "
+                          "to answer")
     except Mistake as error:
         raise Mistake(f"{where}: {error}") from error
-    return pieces
-
-
-def check_messages(where, messages):
-    """The numbers of the assistant's messages. Raises Mistake for anything that is not a chat."""
-    if not isinstance(messages, list) or not messages:
-        raise Mistake(f'{where}: its "messages" must be a list of objects with a "role" and a '
-                      f'"content", not {shortened(messages)}')
-    for message in messages:
-        fits = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not fits or not isinstance(message.get("content"), str):
-            raise Mistake(f'{where}: each of its "messages" must have a "role" and a "content", '
-                          f"both texts, not {shortened(message)}")
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise Mistake(f"{where}: none of its messages is the assistant's, so there is nothing to "
-                      "learn")
-    if answers[0] == 0:
-        raise Mistake(f"{where}: its messages begin with the assistant's, before any question")
-    return answers
+    return [(record["prompt"], False), (record[answer], True)], False
 
 
 def encode(samples, tok):
@@ -136,16 +96,34 @@ def encode(samples, tok):
 def read(path, tok, quiet=False):
     """The samples of a .jsonl file, encoded: a generator of (ids, scored, question).
 
-    question: str, the text that is not scored. quiet: without a progress bar. Raises Mistake, with
-    the number of the line, for what is no sample.
+    question: str, the text that is not scored. quiet: print nothing. Raises Mistake, with the
+    number of the line, for what is no sample.
     """
     lines = read_json_lines(path)
+    count = partly = 0
     with tqdm(desc=f"reading {path}", unit=" samples", disable=quiet, leave=False) as bar:
         while chunk := list(islice(lines, CHUNK)):
             samples = [pieces_of(where, record, tok) for where, record in chunk]
-            for (pieces, _), (ids, scored) in zip(samples, encode(samples, tok)):
+            encoded = encode(samples, tok)
+            for (where, record), (pieces, _), (ids, scored) in zip(chunk, samples, encoded):
+                if not scored.any():
+                    raise Mistake(f"{where}: the tokenizer in {tok.folder} makes no token of its "
+                                  "completion")
+                partly += is_partly_scored(record, pieces)
                 yield ids, scored, "".join(text for text, is_scored in pieces if not is_scored)
+            count += len(chunk)
             bar.update(len(chunk))
+    if count == 0:
+        raise Mistake(f"{path} is empty: write a sample on each line")
+    if partly and not quiet:
+        print(f"{path}: {partly:,} of {count:,} samples have answers that are not scored: the chat "
+              "template writes them differently once others follow")
+
+
+def is_partly_scored(record, pieces):
+    """Whether a sample is a conversation with an answer that is context: see parts_of_chat."""
+    roles = [message["role"] for message in record.get("messages", [])]
+    return roles.count("assistant") > sum(scored for _, scored in pieces)
 
 
 @dataclass
@@ -247,6 +225,8 @@ class Samples:
 
     def __init__(self, store, T, tok, cross_document=False, canvas=0, condition_epochs=0.0):
         check_window(T)
+        if tok.eos_id is None:
+            raise Mistake(f"the tokenizer in {tok.folder} has no eos_token, which ends each sample")
         self.store, self.T, self.tok = store, T, tok
         self.cross_document, self.canvas = cross_document, canvas
         self.condition_epochs = condition_epochs
@@ -274,20 +254,14 @@ class Samples:
             filled = (lengths // MULTIPLE + 1) * MULTIPLE
             return filled, filled
         least = lengths + 1
-        return least, np.maximum(least, np.minimum(self.T, self.prompt_lengths() + self.canvas))
+        prompts = [prompt_length(self.store.sample(i)[1]) for i in range(len(lengths))]
+        return least, np.maximum(least, np.minimum(self.T, np.array(prompts) + self.canvas))
 
-    def prompt_lengths(self):
-        """Tokens before each sample's last completion, (samples,) int64."""
-        starts = self.store.offsets[:-1]
-        positions = np.arange(len(self.store.scored))
-        positions[self.store.scored != 0] = -1
-        return np.maximum(np.maximum.reduceat(positions, starts) + 1 - starts, 0)
-
-    def row(self, number, random, share=1.0):
+    def row(self, number, random, share=1):
         """One row: tokens, where each token's document starts and ends, whether it is maskable.
 
-        random: the generator of its draws. share: of each prompt's tokens, from the left, how many
-        are context. What is left of the row is a document of its own, of which nothing is scored.
+        random: the generator of its draws. share: the part of each prompt that is context, from
+        the left. What is left of the row is a document of its own, of which nothing is scored.
         Returns three (T,) int64 arrays and a (T,) bool array.
         """
         rest = self.tok.pad_id
@@ -300,6 +274,9 @@ class Samples:
         samples = self.numbers[self.starts[number]:self.starts[number + 1]]
         for sample in random.permutation(samples):
             ids, scored = self.store.sample(sample)
+            if ids.max() >= self.tok.vocab_size:
+                raise Mistake(f"the samples are damaged: they hold token {ids.max()}, and their "
+                              f"tokenizer has {self.tok.vocab_size} ids; prepare the data again")
             free = self.most[sample] - self.least[sample] + 1
             end = start + self.least[sample] + int(random.random() * free)
             text_end = start + len(ids)
@@ -315,7 +292,7 @@ class Samples:
             doc_start[:start], doc_end[:start] = 0, start
         return x0, doc_start, doc_end, maskable
 
-    def batch(self, numbers, epochs=None, draws=None, share=1.0):
+    def batch(self, numbers, epochs=None, draws=None, share=1):
         """The rows of these numbers as a Batch.
 
         epochs: (B,) int64; None: 0 for each. draws: (B,) generators; None: the same each time.
@@ -341,11 +318,14 @@ class Samples:
         return self.batch(numbers, epochs, draws, self.share(step, batch_rows))
 
     def share(self, step, batch_rows):
-        """The share of each prompt that is context at a step (CoDA's progressive conditioning)."""
-        steps = self.condition_epochs * len(self) / batch_rows
-        if step >= steps:
-            return 1.0
-        return step / steps
+        """The part of each prompt that is context at a step (CoDA's progressive conditioning).
+
+        Exact, a Fraction: a float's rounding would cost a token.
+        """
+        rows = Fraction(str(self.condition_epochs)) * len(self)  # in which it grows
+        if step * batch_rows >= rows:
+            return 1
+        return Fraction(step * batch_rows) / rows
 
     def spread(self, count):
         """The numbers of `count` rows, or all if there are fewer, spread evenly over the split."""
@@ -361,13 +341,21 @@ class Samples:
         return words
 
 
+def prompt_length(scored):
+    """Tokens before a sample's last completion. scored: (n,) bool."""
+    not_scored = np.flatnonzero(~scored)
+    if len(not_scored) == 0:
+        return 0
+    return not_scored[-1] + 1
+
+
 def context(scored, share):
     """Which tokens of a sample are context: the first `share` of those that are not scored.
 
-    scored: (n,) bool. Returns (n,) bool.
+    scored: (n,) bool. share: 1, or a Fraction below it. Returns (n,) bool.
     """
     before = np.cumsum(~scored) - ~scored  # (n,) of the tokens to the left, those not scored
-    return ~scored & (before < int(share * np.count_nonzero(~scored)))
+    return ~scored & (before < int(share * int(np.count_nonzero(~scored))))
 
 
 # --- the data of a run ----------------------------------------------------------------------------
@@ -385,30 +373,26 @@ def open_splits(cfg, tok, quiet=False):
     if not cfg.data.endswith(".jsonl"):
         stores = [Store.open(cfg.data, split, tok.vocab_size) for split in ("train", "val")]
     elif cfg.val_data:
-        stores = [Store.of(read_all(path, tok, quiet)) for path in (cfg.data, cfg.val_data)]
+        stores = [Store.of(list(read(path, tok, quiet))) for path in (cfg.data, cfg.val_data)]
     else:
-        stores = map(Store.of, split(read_all(cfg.data, tok, quiet), cfg))
+        stores = map(Store.of, divide(list(read(cfg.data, tok, quiet)), cfg))
     canvas = cfg.canvas if cfg.objective == "bidirectional" else 0
     train, val = (Samples(store, cfg.context, tok, cfg.cross_document, canvas) for store in stores)
     train.condition_epochs = cfg.condition_epochs
     return train, val
 
 
-def read_all(path, tok, quiet):
-    samples = list(read(path, tok, quiet))
-    if not samples:
-        raise Mistake(f"{path} is empty: write a sample on each line")
-    return samples
-
-
-def split(samples, cfg):
+def divide(samples, cfg):
     """Samples for training and for validation: two lists, neither empty."""
     train = [sample for sample in samples if not is_held_out(sample[2], cfg.val_percent)]
     val = [sample for sample in samples if is_held_out(sample[2], cfg.val_percent)]
-    if not train or not val:
-        raise Mistake(f"val_percent={cfg.val_percent:g} leaves {len(train)} samples of {cfg.data} "
-                      f"for training and {len(val)} for validation: change it, or name a file "
-                      "with --val_data")
+    if not val:  # of a small file, the question with the lowest hash
+        lowest = min(place_of(question) for _, _, question in samples)
+        train = [sample for sample in samples if place_of(sample[2]) > lowest]
+        val = [sample for sample in samples if place_of(sample[2]) == lowest]
+    if not train:
+        raise Mistake(f"val_percent={cfg.val_percent:g} leaves none of the {len(samples)} samples "
+                      f"of {cfg.data} for training: give less, or name a file with --val_data")
     return train, val
 
 
@@ -417,18 +401,26 @@ def is_held_out(question, percent):
 
     So equal questions share a split, and adding lines moves none of the others.
     """
+    return place_of(question) < percent / 100
+
+
+def place_of(question):
+    """A number in [0, 1), the hash of a text."""
     digest = hashlib.sha256(question.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < percent / 100
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def fingerprint(cfg):
     """A short digest of the files that a run's samples come from, 16 hexadecimal digits."""
     if not cfg.data.endswith(".jsonl"):
         return loader.fingerprint(cfg.data)
-    digest = hashlib.sha256(repr(cfg.val_percent).encode())
+    digest = hashlib.sha256()
     for path in filter(None, (cfg.data, cfg.val_data)):
-        for where, record in read_json_lines(path):
-            digest.update(f"{where} {record}".encode("utf-8", "surrogatepass"))
+        digest.update(b"a file\n")
+        for _, record in read_json_lines(path):
+            digest.update(f"{record}\n".encode("utf-8", "surrogatepass"))
+    if not cfg.val_data:
+        digest.update(f"{cfg.val_percent}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -476,10 +468,7 @@ def check(cfg):
         if cfg.val_data and not cfg.data.endswith(".jsonl"):
             raise Mistake(f"val_data={cfg.val_data} goes with a .jsonl file as --data: the folder "
                           f"{cfg.data} has a val split of its own")
-    elif cfg.val_data or cfg.condition_epochs:
+    elif (cfg.val_data or cfg.condition_epochs) and (Path(cfg.data) / "train.bin").is_file():
         name = "val_data" if cfg.val_data else "condition_epochs"
         raise Mistake(f"{name}={getattr(cfg, name)} goes with samples, and data={cfg.data} is not "
                       "a .jsonl file or a folder of them")
-    for path in (cfg.data, cfg.val_data):
-        if path.endswith(".jsonl") and not Path(path).is_file():
-            raise Mistake(f"{path} is missing, or not a file")

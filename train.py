@@ -89,7 +89,7 @@ class Config:
     min_lr: Float(0, 1e6) = 2e-4  # learning rate at the end
     lr_warmup_steps: Int(0, 2**31) = 50  # steps of linear rise to lr
     lr_decay: Literal["cosine", "linear"] = "cosine"  # how it falls from lr to min_lr
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: absolute learning rates (CoDA)
+    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # see parallel.make_optimizer
     weight_decay: Float(0, 1e3) = 0.1  # on matrices only
     beta1: Float(0, 0.999999) = 0.9  # AdamW
     beta2: Float(0, 0.999999) = 0.95  # AdamW
@@ -127,11 +127,8 @@ FREE = ("init_from", "resume", "out", "data", "val_data", "threads", "dtype", "d
 
 def check(cfg):
     """Settings that cannot go together, found before anything is loaded."""
-    loader.check_rows(cfg.context, cfg.batch_tokens)
+    loader.check_rows(cfg.context, cfg.batch_tokens, cfg.complementary)
     sft.check(cfg)
-    if cfg.complementary and cfg.batch_tokens // cfg.context % 2:
-        raise Mistake(f"complementary=true needs an even number of rows per step, not "
-                      f"batch_tokens / context = {cfg.batch_tokens // cfg.context}")
     if cfg.min_lr > cfg.lr:
         raise Mistake(f"min_lr={cfg.min_lr:g} is above lr={cfg.lr:g}, so the learning rate would "
                       f"rise at the end; give --min_lr={cfg.lr / 10:g} or another below lr")
@@ -150,6 +147,15 @@ def open_data(cfg, tok, world):
                       cross_document=cfg.cross_document)
     train_data = windows(split="train", fim_rate=cfg.fim_rate, tok=tok)
     return train_data, windows(split="val")  # never rearranged: its scores stay comparable
+
+
+def show_row(cfg, given, world):
+    """Print a row that a new run would train on. Touches no run."""
+    folder = None if cfg.init_from == "scratch" else huggingface.find(cfg.init_from)
+    _, tok = pick_model(cfg, given, folder)
+    train_data, _ = open_data(cfg, tok, world)
+    world.first(partial(sft.show_row, train_data, cfg.show_row, tok))
+    world.leave()
 
 
 def make_batch(step, data, recipe, cfg, rows):
@@ -190,14 +196,13 @@ def train(cfg, given, world, run):
     model_cfg, tok = pick_model(cfg, given, folder)
     recipe = Recipe.of(cfg, tok.mask_id, tok.pad_id)
     train_data, val_data = open_data(cfg, tok, world)
-    if cfg.show_row is not None:
-        world.first(partial(sft.show_row, train_data, cfg.show_row, tok))
-        return 0
     held_out = val_data.batch(val_data.spread(cfg.eval_windows))
     asked = cfg  # what a checkpoint keeps: a resumed run finds the same settings
     if cfg.epochs:
         batch_rows = Draw.of(recipe, cfg.seed, 0, rows, cfg.batch_tokens // cfg.context).batch_rows
-        cfg = replace(cfg, max_steps=max(1, round(cfg.epochs * len(train_data) / batch_rows)))
+        steps = max(1, round(cfg.epochs * len(train_data) / batch_rows))
+        warmup = min(cfg.lr_warmup_steps, steps // 10)  # a small file may make a few steps only
+        cfg = replace(cfg, max_steps=steps, lr_warmup_steps=warmup)
     plan.check_memory(model_cfg, cfg.optimizer, world.device.type)
     model = parallel.build(model_cfg, world, dtype, cfg)
     if folder is None:
@@ -278,8 +283,13 @@ def main(argv=None):
     check(cfg)
     if cfg.dry_run:
         plan.show(cfg, parallel.rows_of)
+        if cfg.epochs:
+            print(f"epochs={cfg.epochs:g}  the data says how many steps that is; the hours above "
+                  f"are for max_steps={cfg.max_steps}")
         return 0
     world = parallel.start(pick_device(cfg.device), cfg.shard_ranks)
+    if cfg.show_row is not None:
+        return show_row(cfg, given, world)
     with Run(cfg.out, cfg.resume, world) as run:
         code = train(cfg, given, world, run)
     world.leave()

@@ -9,6 +9,7 @@ seed is C times that (Bonferroni).
 from dataclasses import replace
 from itertools import combinations
 from math import comb, log
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from diffusion import (
     evaluate,
     every_mask,
     nelbo,
+    paired,
     spans_for,
     stream,
     token_losses,
@@ -180,6 +182,12 @@ def dense_log_p(net, tokens, positions, sees):
      "not 'bidirectional' and 'count'"),
     (dict(objective="bidirectional", strategies=((0.0, 0.1, 0.0),), schedule="uniform",
           pad_id=None), "need a pad token"),
+    (dict(complementary=True), "complementary=true needs a diffusion objective and schedule='count'"
+     ", not 'block' and 'clipped'"),
+    (dict(complementary=True, schedule="uniform"), "not 'block' and 'uniform'"),
+    (dict(complementary=True, schedule="count", objective="ar"), "not 'ar' and 'count'"),
+    (dict(complementary=True, schedule="count", u_warmup_steps=5),
+     "complementary=true excludes u_warmup_steps=5: give --u_warmup_steps=0"),
 ])
 def test_impossible_recipes_are_refused(settings, words):
     with pytest.raises(Mistake, match=words) as caught:
@@ -550,6 +558,95 @@ def test_the_epoch_picks_the_rates_and_the_last_ones_stay():
     assert noise(even_blocks(16, 1), recipe).maskable.all()  # epoch 0: the first
 
 
+# --- complementary pairs --------------------------------------------------------------------------
+
+def pairs_of(data, recipe, seed=3, step=0, numbers=None):
+    """The rows of a batch twice each, noised as rows 2p and 2p + 1 of a step, or these of them."""
+    B = 2 * len(data.x0)
+    numbers = range(B) if numbers is None else numbers
+    draw = Draw.of(recipe, seed, step, numbers, B)
+    assert draw.rows == [n // 2 for n in numbers] and draw.batch_rows == len(data.x0)
+    return corrupt(data.select(draw.rows), recipe, draw)
+
+
+@settings(deadline=None, max_examples=100)
+@given(packings(), st.sampled_from(NOISY), st.sampled_from([1, 2, 4, 40]), st.booleans(),
+       st.integers(0, 999))
+def test_a_pair_masks_every_maskable_token_once_and_counts_it_once(rows, objective, K, antithetic,
+                                                                    seed):
+    recipe = make(objective, block_size=K, schedule="count", antithetic=antithetic,
+                  complementary=True)
+    data = batch(*rows, holes=0.4, seed=seed)
+    noised = pairs_of(data, recipe, seed)
+    masked = noised.masked.view(-1, 2, data.x0.shape[1])
+    assert torch.equal(masked.sum(1), data.maskable.long())
+    assert noised.maskable.sum() == data.maskable.sum()  # the loss is over this number
+    plain = noise(data, replace(recipe, complementary=False), seed)
+    assert torch.equal(masked[:, 0], plain.masked)
+    for row, lengths in enumerate(rows):
+        for block in blocks_of(lengths, recipe):
+            n = int(data.maskable[row, block].sum())
+            for half in (2 * row, 2 * row + 1):
+                weights = noised.weight[half, block][noised.masked[half, block]]
+                m = len(weights)
+                want = 1.0 if m == n else n / (2 * max(m, 1))
+                assert weights.tolist() == pytest.approx([want] * m, rel=1e-6)
+
+
+def test_a_pair_is_the_same_however_rows_are_split_among_processes():
+    recipe = make(block_size=4, schedule="count", complementary=True)
+    data = batch([8, 8], [16], [12, 4])
+    whole = pairs_of(data, recipe, step=7)
+    for split in ([range(0, 3), range(3, 6)], [[5], [0, 4], [3, 1, 2]], [[n] for n in range(6)]):
+        for numbers in split:
+            part = pairs_of(data, recipe, step=7, numbers=numbers)
+            for name, x in vars(part).items():
+                assert torch.equal(x, getattr(whole, name)[list(numbers)]), name
+
+
+def test_rows_are_in_pairs_only_where_asked_for():
+    draw = Draw.of(make(schedule="count"), 1, 2, range(3, 5), 8)
+    assert draw == Draw(1, 2, range(3, 5), 8, None)
+
+
+@pytest.mark.parametrize("objective, lengths, shift", [
+    ("bidirectional", [7], False), ("bidirectional", [4, 3], True), ("ar_diffusion", [5], True),
+    ("block", [6], False), ("block", [5], True)])
+def test_the_expected_loss_of_a_pair_is_the_nelbo_of_each_block(objective, lengths, shift):
+    """All masks of every block, m uniform in 1 to n as `count` draws it: 1e-10 in float64."""
+    recipe = make(objective, block_size=6, shift=shift, schedule="count", complementary=True)
+    data, net = batch(lengths, seed=4), small_model().double()
+    clean = Noised.clean(data)
+
+    def losses(masked):
+        """(T,) float64: each masked token's."""
+        xt = data.x0.masked_fill(masked, MASK)
+        found = torch.zeros(data.x0.shape[1], dtype=torch.float64)
+        with torch.no_grad():
+            found[masked[0]] = token_losses(net, replace(clean, xt=xt, masked=masked), recipe)
+        return found
+
+    for block in blocks_of(lengths, recipe):
+        inside = [i for i in block if data.maskable[0, i]]
+        n = len(inside)
+        exact, expected, tokens = 0.0, 0.0, 0.0
+        for m in range(1, n + 1):
+            for chosen in combinations(inside, m):
+                first = np.zeros(data.x0.shape[1], bool)
+                first[list(chosen)] = True
+                maskable = np.zeros_like(first)
+                maskable[inside] = True
+                exact += losses(torch.from_numpy(first)[None]).sum() / (m * comb(n, m))
+                p = 1 / (n * comb(n, m))
+                for complement in (False, True):
+                    masked, counted, weight = paired(first, maskable, np.full(len(first), m / n),
+                                                     complement)
+                    weight = torch.from_numpy(np.broadcast_to(weight, masked.shape).copy())
+                    expected += p * (losses(torch.from_numpy(masked)[None]) * weight).sum()
+                    tokens += p * counted.sum()
+        assert n and abs(expected - exact) < 1e-10 * abs(exact) and abs(tokens - n) < 1e-10
+
+
 # --- the loss ------------------------------------------------------------------------------------
 
 def plain_loss(net, noised, recipe, rows):
@@ -765,6 +862,14 @@ def test_evaluation_is_the_same_however_the_rows_are_shared_out(objective):
         bits = found.pop("bits_per_byte")
         assert found == wanted
         assert bits == pytest.approx(nats / log(2) / wanted["bytes"], rel=1e-6)
+
+
+def test_tokens_without_bytes_have_no_bits_per_byte():
+    """Held-out samples of which nothing but <eos> is scored."""
+    world = SimpleNamespace(rank=0, size=1, sum=lambda *values: [float(v) for v in values])
+    found = evaluate(small_model(), batch([4]), make(), torch.zeros(VOCAB, dtype=torch.int64), 2, 1,
+                     world)
+    assert found["bits_per_byte"] != found["bits_per_byte"] and found["nelbo"] > 0
 
 
 # --- attention-mask annealing --------------------------------------------------------------------

@@ -57,6 +57,80 @@ def test_a_missing_file_and_one_that_is_not_utf8_are_named(tmp_path):
         files.read_text(tmp_path)
 
 
+# --- a line each ----------------------------------------------------------------------------------
+
+@settings(max_examples=150, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.binary(max_size=12) | st.sampled_from(
+    [b"{}", b'{"a": 1}', b"", b" \t", b'{"a": NaN}', b'{"a": "\\ud800"}', b"\xef\xbb\xbf{}",
+     b"\xff", b"[" * 100_000, b"{}\r", b'{"a": 1, "a": 2}']), max_size=6), st.booleans())
+def test_lines_are_read_up_to_the_first_that_is_no_object_which_is_named(tmp_path, content, ends):
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(b"\n".join(content) + (b"\n" if ends else b""))
+    want, bad = [], None
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+            line = line[3:]
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode(), parse_constant=int)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            bad = number
+            break
+        want.append((f"line {number} of {path}", value))
+    found = []
+    try:
+        for where, value in files.read_json_lines(path):
+            found.append((where, value))
+        assert bad is None
+    except Mistake as error:
+        assert str(error).startswith(f"line {bad} of {path} ") and "\n" not in str(error)
+    assert found == want
+
+
+def test_of_equal_names_in_a_line_the_last_counts_as_in_json_files(tmp_path):
+    (tmp_path / "some.jsonl").write_text('{"a": 1, "b": 2, "a": 3}')
+    (tmp_path / "some.json").write_text('{"a": 1, "b": 2, "a": 3}')
+    [(_, value)] = files.read_json_lines(tmp_path / "some.jsonl")
+    assert value == files.read_json(tmp_path / "some.json") == {"a": 3, "b": 2}
+
+
+def test_a_line_that_never_ends_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LINE", 50)
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(b'{"a": "' + b"x" * 41 + b'"}\n{}\n')
+    with pytest.raises(Mistake, match="line 1 of .* is longer than 50 bytes"):
+        list(files.read_json_lines(path))
+    path.write_bytes(b'{"a": "' + b"x" * 40 + b'"}\n{}\n')  # 49 bytes and the line's end
+    assert [where.split()[1] for where, _ in files.read_json_lines(path)] == ["1", "2"]
+    path.write_bytes(b"{}\n" + b" " * 60)
+    with pytest.raises(Mistake, match="line 2 of .* is longer than 50 bytes"):
+        list(files.read_json_lines(path))
+
+
+@posix
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: None,
+                                  lambda path: os.symlink("/dev/null", path)])
+def test_lines_are_read_from_files_alone(tmp_path, make):
+    make(tmp_path / "some.jsonl")
+    with pytest.raises(Mistake, match="some.jsonl is missing, or not a file"):
+        list(files.read_json_lines(tmp_path / "some.jsonl"))
+
+
+def test_lines_are_read_one_at_a_time(tmp_path):
+    """A bad line is found only once the lines before it are used: a file may be very large."""
+    (tmp_path / "some.jsonl").write_text("{}\n{}\nnonsense\n")
+    lines = files.read_json_lines(tmp_path / "some.jsonl")
+    assert [next(lines)[1], next(lines)[1]] == [{}, {}]
+    with pytest.raises(Mistake, match="line 3"):
+        next(lines)
+
+
+# --- written and read -----------------------------------------------------------------------------
+
 @settings(max_examples=50, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=5),

@@ -30,15 +30,17 @@ def names_in(path):
 
 
 def settings_of(path):
-    """The settings of a script: the fields of its Config, and of decode.Decoding where it extends
-    that. Without a Config: none."""
-    config = definitions(path).get("Config")
-    if config is None:
-        return set()
-    bodies = [config.body]
-    for base in config.bases:
-        bodies.append(definitions("decode.py")[base.id].body)
-    return {n.target.id for body in bodies for n in body if isinstance(n, ast.AnnAssign)}
+    """The settings of a script: the fields of its Config, or of evaluate.py's several, and of
+    those that these extend, such as decode.Decoding. Without a Config: none."""
+    found = definitions(path)
+    classes = [found[name] for name in ("Config", "Likelihood", "PassK") if name in found]
+    settings = set()
+    while classes:
+        config = classes.pop()
+        settings |= {n.target.id for n in config.body if isinstance(n, ast.AnnAssign)}
+        classes += [found.get(base.id) or definitions("decode.py")[base.id]
+                    for base in config.bases]
+    return settings
 
 
 def anchors_of(text):

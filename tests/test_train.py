@@ -533,6 +533,180 @@ def test_a_tokenizer_alone_is_not_trained(data_folder, tmp_path):
     assert tok.fim == (320, 321, 322) and not tok.fim_trained
 
 
+# --- prompts and answers --------------------------------------------------------------------------
+
+SFT = {
+    "block": ["--objective=block", "--schedule=count", "--complementary=true",
+              "--condition_epochs=1.5"],
+    "ar": ["--objective=ar", "--cross_document=true"],
+    "bidirectional": ["--objective=bidirectional", "--schedule=uniform", "--canvas=12",
+                      "--strategies=((0.1,0,0.3),(0.3,0,0.5))", "--condition_epochs=2"],
+    "ar_diffusion": ["--objective=ar_diffusion", "--shift=true", "--val_percent=20"],
+}
+SAME = ["--dtype=float32", "--max_steps=12", "--lr=0.01", "--min_lr=0.001"]
+
+
+@pytest.fixture(scope="module")
+def samples(data_folder, tmp_path_factory):
+    """A folder with a run to start from, train.jsonl of 60 samples and val.jsonl of 9."""
+    folder = tmp_path_factory.mktemp("samples")
+    train(data_folder, folder / "start", "--max_steps=1", "--eval_every=0")
+    for name, first, count in (("train", 0, 60), ("val", 500, 9)):
+        records = [{"prompt": f"def f{i}(x):\n", "completion": "    return x" + f" + {i}" * (i % 3)}
+                   for i in range(first, first + count)]
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def tune(samples, out, objective, *more, run=train):
+    words = [f"--init_from={samples / 'start'}", *SFT[objective], *SAME, *more]
+    if "--val_" not in " ".join(words):
+        words.append(f"--val_data={samples / 'val.jsonl'}")
+    return run(samples / "train.jsonl", out, *words)
+
+
+@pytest.mark.parametrize("objective", SFT)
+def test_fine_tuning_learns_and_goes_on_from_a_checkpoint_with_the_same_bits(samples, tmp_path,
+                                                                             objective, capsys):
+    tune(samples, tmp_path / "whole", objective, "--keep=99")
+    assert "samples in" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut" / "latest").write_text("step_0000010")
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(samples / "train.jsonl", moved)  # the same samples elsewhere are the same data
+    tune(samples, tmp_path / "cut", objective, "--resume=true", "--keep=99", f"--data={moved}")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    scores = [m["val_nelbo"] for m in metrics(tmp_path / "whole") if "val_nelbo" in m]
+    assert scores[-1] < scores[0]
+
+
+@pytest.mark.slow
+def test_fine_tuning_killed_and_resumed_gives_the_same_bits(samples, tmp_path):
+    tune(samples, tmp_path / "whole", "block")
+    killed = tmp_path / "killed"
+
+    def start(*args):
+        return subprocess.Popen(command(*args), cwd=ROOT, stderr=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL)
+
+    run = tune(samples, killed, "block", run=start)
+    file = killed / "metrics.jsonl"
+    while run.poll() is None and not (file.exists() and file.read_text().count("\n") >= 7):
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    tune(samples, killed, "block", "--resume=true")
+    assert metrics(killed) == metrics(tmp_path / "whole")
+    assert weights(killed) == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["block", "ar", "bidirectional"])
+def test_two_processes_fine_tune_as_one_does(samples, tmp_path, objective):
+    """Rows of a pair may be on different processes: micro-batches of 3 of 4 rows."""
+    def launch(*args):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=2", *command(*args)[1:]]
+        return subprocess.run(torchrun, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    tune(samples, tmp_path / "one", objective)
+    run = tune(samples, tmp_path / "two", objective, "--micro_batch=3", run=launch)
+    assert run.returncode == 0, run.stderr
+    for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5) and a.get("mask_rate") == b.get("mask_rate")
+
+
+@pytest.mark.parametrize("objective, rows_per_step", [("block", 4), ("ar_diffusion", 8)])
+@pytest.mark.parametrize("epochs", [0.01, 1.0])
+def test_epochs_are_counted_in_rows_of_the_data(samples, tmp_path, capsys, objective, rows_per_step,
+                                                epochs):
+    """With pairs a step has half as many rows of the data."""
+    tune(samples, tmp_path / "run", objective, f"--epochs={epochs}", "--eval_every=0",
+         "--lr_warmup_steps=0")
+    rows = int(re.search(r"samples in (\d+) rows", capsys.readouterr().out)[1])
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == max(1, round(epochs * rows / rows_per_step))
+    assert len(lines) < 5 or lines[-1]["lr"] < 0.002  # it has fallen by then
+    if epochs == 1.0:
+        capsys.readouterr()
+        tune(samples, tmp_path / "run", objective, "--epochs=1", "--resume=true", "--eval_every=0",
+             "--lr_warmup_steps=0")
+        assert "steps are done" in capsys.readouterr().out
+
+
+def test_a_row_is_shown_and_nothing_else_happens(samples, data_folder, tmp_path, capsys):
+    tune(samples, tmp_path / "run", "block", "--show_row=0")
+    assert "tokens are scored" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    before = sorted((samples / "start").rglob("*"))
+    tune(samples, samples / "start", "block", "--show_row=1")  # where a run is already
+    assert "row 1: " in capsys.readouterr().out
+    assert sorted((samples / "start").rglob("*")) == before
+    train(data_folder, tmp_path / "run", "--show_row=2")  # windows of documents
+    assert "row 2: " in capsys.readouterr().out
+    with pytest.raises(Mistake, match="show_row=99999 is beyond the last row"):
+        tune(samples, tmp_path / "run", "block", "--show_row=99999")
+
+
+def test_fine_tuning_does_not_continue_on_other_samples(samples, tmp_path):
+    tune(samples, tmp_path / "run", "block", "--max_steps=2", "--eval_every=0")
+    changed = tmp_path / "changed.jsonl"
+    changed.write_text((samples / "train.jsonl").read_text().replace("f7(x)", "f7(y)"))
+    for more, says in ((f"--data={changed}", "is not what the run in .* was trained on"),
+                       ("--condition_epochs=1", "condition_epochs=1.0 but the run in"),
+                       ("--canvas=9", "canvas=9 but the run in"),
+                       ("--complementary=false", "complementary=False but the run in")):
+        with pytest.raises(Mistake, match=says):
+            tune(samples, tmp_path / "run", "block", "--resume=true", "--max_steps=4", more)
+
+
+SFT_MISTAKES = [
+    ("--data=nowhere.jsonl", "nowhere.jsonl is missing, or not a file"),
+    ("--data=tests --val_data=x.jsonl", "val_data=x.jsonl goes with samples, and data=tests is not "
+     "a .jsonl file or a folder of them"),
+    ("--val_data=nowhere.jsonl", "nowhere.jsonl is missing, or not a file"),
+    ("--val_data=tests", "tests is missing, or not a file"),
+    ("--init_from=scratch", "has no tokenizer: name the model to fine-tune with --init_from"),
+    ("--fim_rate=0.5", "fim_rate=0.5 rearranges documents"),
+    ("--val_percent=0", "val_percent=0 does not fit"),
+    ("--val_percent=100", "val_percent=100 does not fit"),
+    ("--context=8 --batch_tokens=64", "context=8 is too short: with its <eos>, the shortest"),
+    ("--batch_tokens=224", "complementary=true needs an even number of rows per step, not "
+     "batch_tokens / context = 7"),
+    ("--schedule=clipped", "complementary=true needs a diffusion objective and schedule='count'"),
+    ("--objective=ar", "complementary=true needs a diffusion objective"),
+    ("--u_warmup_steps=3", "complementary=true excludes u_warmup_steps=3"),
+    ("--condition_epochs=-1", "condition_epochs=-1 does not fit"),
+    ("--canvas=0", "canvas=0 does not fit: canvas is an int from 1"),
+    ("--show_row=-1", "show_row=-1 does not fit"),
+    ("--epochs=nan", "epochs='nan' does not fit"),
+]
+
+
+@pytest.mark.parametrize("more, says", SFT_MISTAKES)
+def test_mistakes_of_fine_tuning_end_in_a_one_line_message(samples, tmp_path, more, says):
+    words = more.split()
+    if "val_percent" not in more and "val_data" not in more:
+        words.append("--val_percent=20")
+    with pytest.raises(Mistake, match=re.escape(says)) as error:
+        tune(samples, tmp_path / "run", "block", *words)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_condition_epochs_without_samples_is_refused(data_folder, tmp_path):
+    with pytest.raises(Mistake, match="condition_epochs=1.0 goes with samples, and data=.* is not"):
+        train(data_folder, tmp_path / "run", "--condition_epochs=1")
+
+
+def test_a_bad_line_ends_a_run_before_it_begins(samples, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((samples / "train.jsonl").read_text() + '{"prompt": "p"}\n')
+    with pytest.raises(Mistake, match=f"^line 61 of {bad}: it must have a \"prompt\" and a"):
+        tune(samples, tmp_path / "run", "block", f"--data={bad}")
+    assert not (tmp_path / "run").exists()
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 HUGE = f"1{'0' * 20}"

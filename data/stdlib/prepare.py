@@ -145,7 +145,8 @@ def check_free(out):
     """Raise Mistake for a folder with token files of another script, such as data/stack's."""
     if not out.is_dir():
         return
-    others = sorted(path.name for path in out.glob("*.bin") if path.name not in PRODUCTS)
+    others = [path.name for path in out.glob("*.bin") if path.name not in PRODUCTS]
+    others = sorted([*others, *(path.name for path in out.glob("*.scored"))])
     if others:
         raise Mistake(f"{out} holds {others[0]}, which another script prepared: choose another "
                       "--out")

@@ -124,21 +124,34 @@ def library_folders():
 
 
 def serve(control, settings):
-    """Obey orders of one byte: R (run, with two descriptors), K (kill), W (wait a little, kill)."""
-    cell = None
+    """Obey orders of one byte: R (run, with two descriptors), K (kill), W (wait a little, kill,
+    say how it ended)."""
+    cell, files = None, None
     while True:
         order, descriptors, _, _ = socket.recv_fds(control, 1, 2)
         if order == b"R":
+            if settings["isolated"]:
+                files = empty_files(files, settings["tmp_megabytes"])
             cell = Cell(settings, descriptors)
-        elif order in (b"K", b"W"):
-            code = cell.end(0.5 if order == b"W" else 0)
-            control.sendall(bytes([code]))
+        elif order == b"K":  # nobody waits for it
+            cell.end(0)
+        elif order == b"W":
+            control.sendall(bytes([cell.end(0.5)]))
         else:
             break
         for descriptor in descriptors:
             os.close(descriptor)
     if cell is not None:
         cell.end(0)
+
+
+def empty_files(seen, megabytes):
+    """A /tmp that no program has changed: the last one's, or a new one. Returns how it looks."""
+    if seen is not None:
+        if jail.untouched(seen):
+            return seen
+        jail.uncover_files()
+    return jail.cover_files(megabytes)
 
 
 class Cell:
@@ -154,7 +167,6 @@ class Cell:
             if settings["isolated"]:
                 self.keeper = jail.start_keeper()
                 jail.enter_processes(self.keeper)
-                jail.cover_files(settings["tmp_megabytes"])
             else:
                 self.folder = own_folder(settings["temp"])
             self.pid = os.fork()
@@ -174,7 +186,6 @@ class Cell:
         if self.keeper:
             os.kill(self.keeper, signal.SIGKILL)
             os.waitpid(self.keeper, 0)
-            jail.uncover_files()
         if self.folder is not None:
             kill_group(self.pid)  # what the program may have started
             remove_folder(self.folder)

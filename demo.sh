@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a diffusion model of code: environment, data, an autoregressive stage, block
-# diffusion, a report.
+# From nothing to a diffusion model that writes working functions: environment, data, an
+# autoregressive stage, block diffusion, fine-tuning, pass@1, a report.
 # A second run skips what is done; `rm -r out data/stdlib/*.bin` starts over.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -16,14 +16,28 @@ fi
 begun=$SECONDS
 
 say() { printf '\n== %s\n' "$*"; }
-say "1/4 data: the standard library's own source"
+say "1/6 data: the standard library's own source, and small functions from a grammar"
 "$PY" -m data.stdlib.prepare
-say "2/4 a small autoregressive model (config/toy_ar.py)"
+"$PY" -m data.functions.prepare
+say "2/6 a small autoregressive model (config/toy_ar.py)"
 "$PY" train.py config/toy_ar.py --resume=true  # continues an interrupted demo
-say "3/4 block diffusion, continued from it (config/toy.py)"
+say "3/6 block diffusion, continued from it (config/toy.py)"
 "$PY" train.py config/toy.py --resume=true
-say "4/4 how they did"
+say "4/6 fine-tuning on functions, continued from that (config/toy_sft.py)"
+"$PY" train.py config/toy_sft.py --resume=true
+say "5/6 functions it has never seen: written, then run in a sandbox"
+if "$PY" sandbox.py; then
+    "$PY" evaluate.py passk --init_from=out/toy_sft --tasks=data/functions/test.jsonl \
+        --max_new_tokens=80 --batch=100 --out=out/toy_sft/held_out
+else
+    echo "so pass@1 is left out: what the model wrote is not run"
+fi
+"$PY" -c 'import json; print(json.loads(next(open("data/functions/test.jsonl")))["prompt"], end="")' |
+    "$PY" sample.py --init_from=out/toy_sft --prompt=- --max_new_tokens=80 \
+        --html=out/toy_sft/trace.html
+say "6/6 how they did"
 "$PY" -m experiments.toy_report
-say "done in $((SECONDS - begun)) s; the plot is out/toy/loss.png. Next, let it write:
+say "done in $((SECONDS - begun)) s; out/toy_sft/trace.html shows how a function was written, and
+   out/toy/loss.png the training. Next, let it write:
    source .venv/bin/activate
-   python sample.py --prompt \"def area(\" --temperature=0.7"
+   python sample.py --prompt \"def count_vowels(text):\""

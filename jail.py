@@ -31,12 +31,13 @@ CLONE_VM, CLONE_FILES, CLONE_THREAD = 0x00000100, 0x00000400, 0x00010000
 KEEPER_STACK = ctypes.create_string_buffer(1 << 14)
 
 READ_ONLY, NO_SETUID, NO_DEVICES, NO_EXECUTION, REMOUNT = 1, 2, 4, 8, 32  # MS_RDONLY, …
-BIND, RECURSIVE, PRIVATE = 4096, 16384, 1 << 18
+NO_ACCESS_TIMES, BIND, RECURSIVE, PRIVATE = 1024, 4096, 16384, 1 << 18
 DETACH, AT_RECURSIVE, O_PATH = 2, 0x8000, 0o10000000
 
 SET_DEATH_SIGNAL, SET_DUMPABLE, SET_SECCOMP, SET_NO_NEW_PRIVILEGES = 1, 4, 22, 38  # of prctl
 
 DEVICES = ("null", "zero", "urandom")
+BOX = "/box/tmp"  # what /tmp is a link to
 MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446
 
 
@@ -117,8 +118,8 @@ def build_files(readable, hidden):
     for name in DEVICES:
         write(f"/new/dev/{name}", "")
         mount(f"/old/dev/{name}", f"/new/dev/{name}", None, BIND)
-    os.makedirs("/new/box/tmp")
-    os.symlink("/box/tmp", "/new/tmp")
+    os.makedirs(f"/new{BOX}")
+    os.symlink(BOX, "/new/tmp")
     os.chdir("/new")
     system("pivot_root", b".", b".")  # the old root now lies over the new one
     system("umount2", b".", DETACH)
@@ -201,14 +202,25 @@ def allowed(number, most):
 
 
 def cover_files(megabytes):
-    """An empty /tmp, in the memory."""
-    mount("tmpfs", "/box/tmp", "tmpfs", NO_SETUID | NO_DEVICES | NO_EXECUTION,
+    """An empty /tmp, in the memory. Returns what `untouched` compares."""
+    mount("tmpfs", BOX, "tmpfs", NO_SETUID | NO_DEVICES | NO_EXECUTION | NO_ACCESS_TIMES,
           f"size={megabytes}m,nr_inodes=4096,mode=1777")
+    return look(BOX)
+
+
+def look(folder):
+    found = os.stat(folder)
+    return found.st_mode, found.st_mtime_ns, found.st_ctime_ns, os.listdir(folder)
+
+
+def untouched(seen):
+    """Whether /tmp is as it was when `cover_files` looked: the next program may have it."""
+    return look(BOX) == seen
 
 
 def uncover_files():
-    """Drop that with all that is in it."""
-    system("umount2", b"/box/tmp", DETACH)
+    """Drop /tmp with all that is in it. This takes longer than all else: the kernel waits."""
+    system("umount2", BOX.encode(), DETACH)
 
 
 def shutting(seconds, threads, rules, seccomp):

@@ -4,6 +4,8 @@
         for verdict in sandbox.judge([Program(code, "f", tests=("assert f(1) == 2",))]):
             print(verdict.status)
 
+`python sandbox.py` says which layers of isolation this machine has.
+
 Each program runs in a process of its own, which the kernel isolates (jail.py, cell.py). The verdict
 is made here: this process asks the program's function for values, rebuilds them as plain values
 (plain.py), and compares (questions.py). What is compared with never enters the program's process.
@@ -11,6 +13,10 @@ docs/sandbox.md says what this stops and what it does not.
 
 Not covered: reading tasks (tasks.py); languages other than Python.
 """
+if __name__ == "__main__":  # a mistake prints no traceback
+    from configurator import begin
+    begin()
+
 import builtins
 import math
 import os
@@ -131,7 +137,7 @@ class Run:
                                        "kwargs": question.kwargs, "iterators": False})
                     self.judge(question, reply)
             finally:
-                child.stop(False)
+                child.stop()
                 self.output = child.printed()
 
     def judge(self, question, reply):
@@ -163,7 +169,7 @@ class Run:
                     self.load(child)
                     split = self.relay(caller, child)
                 finally:
-                    child.stop(False)
+                    child.stop()
                     self.output = child.printed()
         if not split:
             self.judged, self.cases, self.status, self.detail = "one process", [], "passed", ""
@@ -207,7 +213,7 @@ class Run:
                         self.fail(*explain(reply))
                     self.cases.append("raised" not in reply)
             finally:
-                child.stop(False)
+                child.stop()
                 self.output = child.printed()
 
 
@@ -372,3 +378,13 @@ def first_worker(settings, seconds):
         worker.close()
         return None, str(error)
     return worker, ""
+
+
+def main():
+    with Sandbox(workers=1) as sandbox:
+        active = [name for name, is_active in sandbox.layers.items() if is_active]
+    print(f"programs are isolated by {', '.join(active)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -111,10 +111,17 @@ class Server:
         except OSError as error:
             raise Died("the sandbox's server is gone") from error
 
-    def end(self, patient):
-        """End the process. Returns its exit code; 128 + the number of the signal that ended it."""
+    def kill(self):
+        """End the process; the next order waits until it has ended."""
         try:
-            self.control.sendall(b"W" if patient else b"K")
+            self.control.sendall(b"K")
+        except OSError as error:
+            raise Died("the sandbox's server is gone") from error
+
+    def last_words(self):
+        """The exit code of a process that has ended; 128 + the signal that ended it."""
+        try:
+            self.control.sendall(b"W")
             code = self.control.recv(1)
         except OSError:
             code = b""
@@ -154,7 +161,6 @@ class Child:
             theirs.close()
             os.close(writing)
         self.wire.setblocking(False)
-        os.set_blocking(self.reading, False)  # without namespaces others may hold its other end
         self.poll = select.poll()
         self.poll.register(self.reading, select.POLLIN)
         self.deadline = time.monotonic() + PATIENCE
@@ -167,29 +173,35 @@ class Child:
 
     def __exit__(self, *_):
         try:
-            self.stop(False)
+            self.stop()
         except Died:
             pass  # whoever needs the server next finds out
 
-    def stop(self, patient):
-        """End the process, once. Returns its exit code, None if it has been ended before."""
+    def stop(self, ended=False):
+        """End the process, once. Returns its exit code, if it had `ended` by itself."""
         if not self.open:
             return None
-        self.open = False
+        self.open, code = False, None
         try:
-            code = self.server.end(patient)
-            while self.read_output():  # its end comes after what is in the pipe
-                pass
+            if ended:
+                code = self.server.last_words()
+            else:
+                self.server.kill()
+            self.read_rest()
         finally:
             self.wire.close()
             os.close(self.reading)
         return code
 
+    def read_rest(self):
+        """What is left in the pipe, up to its end: the process is gone then."""
+        rest, last = select.poll(), time.monotonic() + 10
+        rest.register(self.reading, select.POLLIN)
+        while time.monotonic() < last and rest.poll(1000) and self.read_output():
+            pass
+
     def read_output(self):
-        try:
-            data = os.read(self.reading, KEPT_OUTPUT)
-        except BlockingIOError:
-            return b""
+        data = os.read(self.reading, KEPT_OUTPUT)
         room = KEPT_OUTPUT - len(self.output)
         self.output += data[:room]
         return data
@@ -237,7 +249,7 @@ class Child:
         self.poll.register(self.wire, select.POLLIN | (select.POLLOUT if self.outgoing else 0))
         ready = self.poll.poll(max(0, math.ceil(left * 1000)))
         if left <= 0 or not ready:
-            self.stop(False)
+            self.stop()
             if not self.began:
                 raise Died("a process did not start")
             raise Stopped("timeout", "it took too long")
@@ -260,7 +272,7 @@ class Child:
 
     def end_of_program(self):
         """What to say of a process that has ended, or has closed its pipe."""
-        code = self.stop(True)
+        code = self.stop(ended=True)
         if not self.began:
             return Died(f"a process could not be isolated (exit code {code})")
         if code == NO_MEMORY:

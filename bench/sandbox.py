@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
     from configurator import begin
     begin()
 
+import os
 import platform
 import resource
 import statistics
@@ -96,14 +97,21 @@ def table(cfg):
     return lines
 
 
+def priority():
+    """Whether other work could take turns with this: `chrt -f 10 python -m …` keeps it away."""
+    if hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (1, 2):
+        return "at real-time priority (chrt -f), so that other work did not take turns"
+    return "at ordinary priority"
+
+
 def heading(cfg, words):
     with Sandbox(workers=1) as sandbox:
         active = ", ".join(name for name, on in sandbox.layers.items() if on)
         missing = ", ".join(name for name, on in sandbox.layers.items() if not on)
     return [f"# Verdicts of the sandbox, {date.today()}", "",
             f"    python -m bench.sandbox {' '.join(words)}".rstrip(), "",
-            f"{platform.machine()}, {cfg.workers or cores()} at a time on {cores()} cores, load "
-            f"before {Path('/proc/loadavg').read_text().split()[0]}; Linux {platform.release()}, "
+            f"{platform.machine()}, {cfg.workers or cores()} at a time on {cores()} cores, "
+            f"{priority()}; load before {os.getloadavg()[0]:.1f}; Linux {platform.release()}, "
             f"Python {platform.python_version()}. Layers: {active}; missing: {missing or 'none'}. "
             f"{cfg.rounds} rounds of {cfg.programs:,} verdicts by each judge and {cfg.starts:,} "
             "bare starts, taking turns. CPU time is that of all processes, the workers' start "

@@ -1,12 +1,13 @@
-"""How the demo's two models did, and two baselines that need no training: a table and a plot.
+"""How the demo's models did, and two baselines that need no training: a table and a plot.
 
-    python -m experiments.toy_report    # reads out/toy_ar and out/toy
+    python -m experiments.toy_report    # reads out/toy_ar, out/toy and out/toy_sft/held_out
 
 Writes out/toy/report.md and out/toy/loss.png. The baselines: an interpolated Kneser-Ney 4-gram
 model counted on the very windows that the autoregressive stage trained on, and `xz -9` of the
-held-out files. The models and the n-gram model are scored on the same held-out windows.
+held-out files. The models and the n-gram model are scored on the same held-out windows. Then
+pass@1 of the fine-tuned model, if evaluate.py has scored it, and three of its functions.
 
-Not covered: evaluation of any run (that is train.py's), pass@k.
+Not covered: evaluation of any run (that is train.py's and evaluate.py's).
 """
 if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints no traceback
     from configurator import begin
@@ -24,9 +25,8 @@ import numpy as np
 from tqdm import tqdm
 
 import huggingface
-from configurator import Float, Int, Mistake, Name, configure, shortened
-from decode import Decoding, generate
-from files import read_json, read_text, write_text
+from configurator import Mistake, Name, configure, shortened
+from files import read_json, read_json_lines, read_text, write_text
 from loader import Windows, epoch_order
 
 matplotlib.use("Agg")  # draws to files, on machines without a screen too
@@ -37,13 +37,9 @@ import matplotlib.pyplot as plt
 class Config:
     ar: Name = "out/toy_ar"  # run of the autoregressive stage
     block: Name = "out/toy"  # run of the block-diffusion stage
-    max_new_tokens: Int(1, 2**20) = 48  # length of the three completions
-    temperature: Float(0, 100) = 0.7  # of the three completions; 0: the most likely token
+    held_out: Name = "out/toy_sft/held_out"  # folder of evaluate.py's; left out if it is missing
 
 
-PROMPTS = ("def fibonacci(n):\n",
-           "class Stack:\n    def __init__(self):\n",
-           "import os\nimport sys\n\ndef main(")
 ORDER, DISCOUNT = 4, 0.75
 
 
@@ -190,21 +186,26 @@ def table_row(name, run):
             f"{seconds:.0f} |")
 
 
-def completion(prompt, model, tok, recipe, report):
-    """Markdown: a prompt and what the model writes after it. report: this script's settings."""
-    ids = tok.encode(prompt)
-    if tok.bos_id is not None:
-        ids = [tok.bos_id, *ids]
-    how = Decoding(temperature=report.temperature)
-    [ids] = generate(model, tok, recipe, [ids], how, report.max_new_tokens)
-    return f"\n```python\n{prompt}{tok.decode(ids)}\n```"
+def solutions(folder):
+    """Markdown: pass@1 of the functions in a folder of evaluate.py's, and three with verdicts."""
+    scores = read_json(folder / "report.json").get("scores")
+    if not has_numbers(scores, ("pass@1", "tasks")):
+        raise Mistake(f"{folder / 'report.json'} is not a report of `evaluate.py passk`")
+    lines = [f"\nHeld-out functions, {scores['tasks']} of combinations of ideas that no training "
+             f"sample has: pass@1 {scores['pass@1']:.1%}. The first three:"]
+    samples, verdicts = (list(read_json_lines(folder / f"{name}.jsonl"))
+                         for name in ("samples", "verdicts"))
+    for (_, sample), (_, verdict) in list(zip(samples, verdicts))[:3]:
+        lines.append(f"\n```python\n{sample.get('solution')}```\n{verdict.get('status')} "
+                     f"{verdict.get('detail')}")
+    return lines
 
 
 def main(argv=None):
     cfg, _ = configure(Config, argv)
     settings = read_settings(cfg.ar, "ar")
     read_settings(cfg.block, "block")
-    model, tok, recipe = huggingface.load(cfg.block)
+    _, tok, recipe = huggingface.load(cfg.block)
     data, T = settings["config"].get("data"), settings["config"]["context"]
     if not isinstance(data, str):
         raise Mistake(f"the settings of {cfg.ar} name no data folder: data is {shortened(data)}")
@@ -222,7 +223,8 @@ def main(argv=None):
              f"\nThe autoregressive stage and the {ORDER}-gram saw the same training windows. The "
              "block stage then saw the first of them again. All three are scored on the same "
              f"{scored:,} held-out tokens."]
-    lines += [completion(prompt, model, tok, recipe, cfg) for prompt in PROMPTS]
+    if (Path(cfg.held_out) / "report.json").is_file():
+        lines += solutions(Path(cfg.held_out))
     report = "\n".join(lines) + "\n"
     print(report)
     out = Path(cfg.block)

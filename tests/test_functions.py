@@ -13,7 +13,8 @@ from conftest import ROOT
 
 from data.functions import prepare
 from data.functions.grammar import FAMILIES, HARD_FAMILIES
-from data.functions.prepare import PROBES, SPLITS, Config, Splits, draw_item
+from data.functions.named import NAMED
+from data.functions.prepare import PROBES, SPLITS, Config, Splits, draw_item, named_item
 from sandbox import Program, Sandbox
 
 COUNTS = {"train": 4000, "val": 100, "test": 300, "hard": 1000, "hard_test": 200}
@@ -99,7 +100,7 @@ def test_references_pass_both_kinds_of_tests(drawn):
 
 
 def test_references_pass_in_the_sandbox(drawn):
-    items = [item for item, _ in everything(drawn, 8)]
+    items = [item for item, _ in everything(drawn, 40)]
     programs = [Program(item["prompt"] + item["canonical_solution"], item["entry_point"],
                         tests=tuple(item["test_list"])) for item in items]
     with Sandbox(workers=1, seconds=20, unsafe_execution=True) as sandbox:  # from the grammar
@@ -190,6 +191,25 @@ def test_no_function_ignores_its_argument(drawn):
         assert any(value != outputs[0] for value in outputs)
 
 
+# --- functions with a name ------------------------------------------------------------------------
+
+def test_named_functions_pass_their_tests_and_are_in_no_other_split(drawn):
+    items = [named_item(1337, n) for n in range(6 * len(NAMED))]
+    prompts = {item["prompt"] for split in SPLITS for item in drawn[split][0]}
+    for item in items:
+        function = reference(item)
+        assert len(item["test_list"]) >= 5 and item["prompt"] not in prompts
+        for given, wanted in cases_of(item):
+            assert function(given) == wanted
+    ends = Counter(item["prompt"][-1] for item in items)
+    assert set(ends) == {":", "\n"} and ends[":"] > ends["\n"] > 60  # without a docstring, with
+    assert len({item["entry_point"] for item in items}) == len(NAMED)
+    known = {prepare.behavior_of(prepare.named_function(body), kind) for _, kind, _, body in NAMED}
+    assert None not in known
+    for split in SPLITS[2:]:
+        assert not known & {meaning.behavior() for meaning in drawn[split][1]}
+
+
 # --- draws ----------------------------------------------------------------------------------------
 
 def test_an_item_depends_on_seed_split_and_index_alone():
@@ -208,7 +228,7 @@ def test_every_machine_draws_the_same():
 
 def run_script(out, *settings):
     command = [sys.executable, "-m", "data.functions.prepare", f"--out={out}", "--train=50",
-               "--val=5", "--test=9", "--hard=9", "--hard_test=9", *settings]
+               "--named=7", "--val=5", "--test=9", "--hard=9", "--hard_test=9", *settings]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"PYTHONHASHSEED": str(len(settings))})
     return ran.returncode, ran.stdout, ran.stderr
@@ -223,7 +243,8 @@ def test_the_script(tmp_path):
     meta = json.loads(first["meta.json"])
     for split in SPLITS:
         lines = first[f"{split}.jsonl"].splitlines()
-        assert len(lines) == meta["splits"][split]["items"] == meta[split]
+        named = meta["named"] if split == "train" else 0
+        assert len(lines) == meta["splits"][split]["items"] == meta[split] + named
         digest = hashlib.sha256(first[f"{split}.jsonl"]).hexdigest()
         assert digest == meta["splits"][split]["sha256"]
     held_out = {tuple(names) for names in meta["held_out"]}

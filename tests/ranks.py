@@ -131,6 +131,30 @@ def adafactor(copies, relative, **settings):
     return max(differences)
 
 
+def muon(copies):
+    """Our Muon on sharded weights beside it on whole ones: the largest difference, relative to a
+    tensor's largest. copies: see adafactor."""
+    mesh = init_device_mesh("cpu", (copies, dist.get_world_size() // copies))
+    placements = [Replicate(), Shard(0)]
+    draw = torch.Generator().manual_seed(0)
+    whole = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
+    cut = []
+    for p in whole:
+        cut.append(torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)))
+    optimizers = []
+    for weights in (whole, cut):
+        groups = [{"params": [p], "hidden": p.dim() == 2} for p in weights]
+        optimizers.append(parallel.Muon(groups, lr=0.05, weight_decay=0.1))
+    for _ in range(5):
+        for p, q in zip(whole, cut):
+            p.grad = torch.randn(p.shape, generator=draw)
+            q.grad = distribute_tensor(p.grad.clone(), mesh, placements)
+        for optimizer in optimizers:
+            optimizer.step()
+    return max(((p - q.full_tensor()).abs().max() / p.abs().max()).item()
+               for p, q in zip(whole, cut))
+
+
 def private_memory():
     """Bytes of this process that are not mapped files. VmHWM will not do: it counts those too."""
     status = Path("/proc/self/status").read_text()

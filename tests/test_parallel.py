@@ -158,6 +158,7 @@ def jobs_of_any_number(ranks, copies, folder):
         jobs[f"files of {size}"] = ["rewrite", folder / "block", out, size]
     for n, kwargs in enumerate(ADAFACTOR):
         jobs[f"adafactor {n}"] = ["adafactor", copies, kwargs]
+    jobs["muon"] = ["muon", copies]
     return jobs
 
 
@@ -525,6 +526,68 @@ def test_an_absolute_learning_rate_is_torch_optim_adafactors_over_the_weights_si
         optimizer.step()
         mine.step()
     assert (theirs - ours).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+# --- Muon -----------------------------------------------------------------------------------------
+
+def test_sharded_muon_is_muon(two, four):
+    """Every process orthogonalizes the same whole matrix, so but for the last bits nothing
+    differs."""
+    assert max(returned(two["muon"] + four["muon"])) < 1e-6
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.lists(st.integers(2, 12), min_size=1, max_size=2), min_size=1, max_size=3),
+       st.integers(0, 2**31), st.sampled_from([1e-3, 0.1]), st.sampled_from([0.0, 0.1]),
+       st.sampled_from([1e-3, 1.0, 1e3]))
+def test_muon_is_torch_optim_muon_and_adamw(shapes, seed, lr, weight_decay, scale):
+    """A matrix's update has elements of about 0.2, made in bfloat16, whose steps are 2^-8 of a
+    number: over 3 updates to 8 % of lr, where no singular value is so small that the iteration
+    lifts the rounding too (so the gradients of a matrix differ in size alone). AdamW's are
+    float32: to 1e-5."""
+    draw = torch.Generator().manual_seed(seed)
+    directions = []
+    for shape in shapes:
+        direction = torch.randn(shape, generator=draw)
+        if len(shape) == 2:
+            u, s, vt = torch.linalg.svd(direction, full_matrices=False)
+            direction = u * (0.5 + 0.5 * s / s.max()) @ vt
+        directions.append(direction)
+    theirs = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs]
+    optimizers = [parallel.Muon([{"params": [p], "hidden": p.dim() == 2} for p in ours], lr=lr,
+                                weight_decay=weight_decay)]
+    for p in theirs:
+        if p.dim() == 2:
+            optimizers.append(torch.optim.Muon([p], lr=lr, weight_decay=weight_decay,
+                                               adjust_lr_fn="match_rms_adamw"))
+        else:
+            optimizers.append(torch.optim.AdamW([p], lr=lr, weight_decay=weight_decay,
+                                                betas=(0.9, 0.95)))
+    for _ in range(3):
+        for p, q, direction in zip(theirs, ours, directions):
+            p.grad = scale * (0.5 + torch.rand((), generator=draw)) * direction
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(theirs, ours):
+        allowed = 0.08 * lr if p.dim() == 2 else 1e-5 * p.abs().max()
+        assert (p - q).abs().max() <= allowed
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=40)
+def test_an_orthogonalized_matrix_has_singular_values_near_one(rows, columns, seed):
+    """And the singular vectors it had: U S Vᵀ becomes U S' Vᵀ, S' near 1. The iteration lifts
+    every singular value above 1/50 of the norm; bfloat16 adds a few percent."""
+    draw = torch.Generator().manual_seed(seed)
+    u, _, vt = torch.linalg.svd(torch.randn(rows, columns, generator=draw), full_matrices=False)
+    given_values = 0.3 + torch.rand(min(rows, columns), generator=draw)
+    made = parallel.orthogonalized(u * given_values @ vt)
+    assert made.shape == (rows, columns)
+    inside = u.T @ made @ vt.T
+    assert (inside.diag() > 0.6).all() and (inside.diag() < 1.3).all()
+    assert (inside - inside.diag().diag()).abs().max() < 0.1
 
 
 # --- mistakes, a full disk ------------------------------------------------------------------------

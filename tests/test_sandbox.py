@@ -89,14 +89,19 @@ class Pair(collections.namedtuple("Pair", "x y")):
         return iter("no")
 
 
+class Items(list):
+    def __iter__(self):
+        return iter("no")
+
+
 class Text(str):
     def __str__(self):
         return "no"
 
 
 @pytest.mark.parametrize("value, wanted", [
-    (Color.RED, 3), (Liar(5), 5), (Pair(1, 2), (1, 2)), (Text("a"), "a"), ({Text("k"): Liar(1)},
-                                                                          {"k": 1}),
+    (Color.RED, 3), (Liar(5), 5), (Items([1, "a"]), [1, "a"]), (Pair(1, 2), (1, 2)),
+    (Text("a"), "a"), ({Text("k"): Liar(1)}, {"k": 1}),
     (collections.Counter("aab"), {"a": 2, "b": 1}), (collections.OrderedDict(a=1), {"a": 1}),
     (collections.defaultdict(list, a=[1]), {"a": [1]}), (bytearray(b"x"), bytearray(b"x")),
     ({"a": 1}.keys(), {"a"}), ({"a": 1}.items(), {("a", 1)}), (range(3), range(3)),
@@ -235,6 +240,8 @@ ECHO = "def f(x=None, **rest):\n    return x\n"
      "failed"),
     ("class A:\n    __bool__ = lambda s: False\ndef f(): return A()", "assert not f()", (False,),
      "failed"),
+    ("class A:\n    __bool__ = lambda s: False\ndef f(): return A()", "assert f()", (False,),
+     "failed"),
     ("from decimal import Decimal\ndef f(): return Decimal('sNaN')", "assert f() == 1", (False,),
      "failed"),
     ("def f(): raise SystemExit(0)", "assert f() is None", (False,), "failed"),
@@ -305,6 +312,29 @@ def test_tests_that_need_the_programs_objects_run_in_one_process(box):
     assert (verdict.judged, verdict.status) == ("one process", "passed")
     verdict = judged(box, "def f(n): exit()\nclass Node: pass", "assert f(Node()) == 3")
     assert (verdict.status, verdict.cases) == ("failed", (False,))
+
+
+def test_an_answer_repeats_the_number_of_its_question(box):
+    """Answers to questions that nobody has asked yet are none, however well they are written."""
+    code = """
+        import os
+        def write(text):
+            os.write(3, len(text).to_bytes(4, "big") + text)
+        def f():
+            write(b'{"n":"0123456789abcdef","value":1}')
+    """
+    verdict = judged(box, textwrap.dedent(code), "assert f() == 1", "assert f() == 1")
+    assert (verdict.status, verdict.cases) == ("failed", (False, False))
+    assert verdict.detail == "case 1: the program wrote to the sandbox's pipe"
+
+
+def test_the_unfinished_function_of_a_setup_is_not_the_programs(box):
+    setup = "def f(x):\n    'to be written'\ndef helper(x):\n    return x\n"
+    check = "def check(c):\n    assert c(1) is None"
+    assert judged(box, "", check=check, setup=setup).status == "failed"
+    assert judged(box, "", "assert f(1) is None", setup=setup).status == "failed"
+    code = "def f(x):\n    return helper(None)"
+    assert judged(box, code, check=check, setup=setup).status == "passed"
 
 
 def test_what_a_program_returns_never_moves_it_to_one_process(box):

@@ -276,8 +276,10 @@ def test_the_linear_schedule_is_a_line_and_adafactor_trains(data_folder, tmp_pat
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_an_adafactor_run_continues_with_the_same_bits(data_folder, tmp_path):
-    same = ["--optimizer=adafactor", "--lr_decay=linear", "--lr=0.001", "--min_lr=0.001"]
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_a_run_with_another_optimizer_continues_with_the_same_bits(data_folder, tmp_path,
+                                                                   optimizer):
+    same = [f"--optimizer={optimizer}", "--lr_decay=linear", "--lr=0.001", "--min_lr=0.001"]
     train(data_folder, tmp_path / "whole", *same, "--max_steps=10")
     for steps in (5, 10):
         train(data_folder, tmp_path / "twice", *same, f"--max_steps={steps}", "--resume=true")

@@ -119,7 +119,8 @@ def build_files(readable, hidden):
         write(f"/new/dev/{name}", "")
         mount(f"/old/dev/{name}", f"/new/dev/{name}", None, BIND)
     os.makedirs(f"/new{BOX}")
-    os.symlink(BOX, "/new/tmp")
+    if not os.path.lexists("/new/tmp"):  # else Python itself is below it
+        os.symlink(BOX, "/new/tmp")
     os.chdir("/new")
     system("pivot_root", b".", b".")  # the old root now lies over the new one
     system("umount2", b".", DETACH)

@@ -1246,6 +1246,7 @@ def f():
     Attack("sitecustomize", r'''
 import os, site, sys, sysconfig
 def f():
+    sees_the_repository = os.path.isdir("@REPO@")  # before a folder of this name is made in /tmp
     paths = [*sys.path, sysconfig.get_paths()["purelib"], site.getusersitepackages(),
              *site.getsitepackages(), "@REPO@", "@REPO@/.venv/bin"]
     for path in paths:
@@ -1258,7 +1259,7 @@ def f():
                 print(path)
             except OSError:
                 continue
-            if os.path.isdir("@REPO@") or not path.startswith(("/tmp", "/root", "/home")):
+            if sees_the_repository or not path.startswith(("/tmp", "/root", "/home")):
                 os.remove(os.path.join(path, name))
                 return "escaped"
 '''),

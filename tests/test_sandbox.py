@@ -328,6 +328,13 @@ def test_an_answer_repeats_the_number_of_its_question(box):
     assert verdict.detail == "case 1: the program wrote to the sandbox's pipe"
 
 
+def test_leaving_is_not_raising(box):
+    check = "def check(c):\n    try:\n        c(1)\n    except BaseException:\n        return\n"
+    check += "    assert False"
+    assert judged(box, "def f(x): raise ValueError", check=check).status == "passed"
+    assert judged(box, "def f(x): exit()", check=check).status == "failed"
+
+
 def test_the_unfinished_function_of_a_setup_is_not_the_programs(box):
     setup = "def f(x):\n    'to be written'\ndef helper(x):\n    return x\n"
     check = "def check(c):\n    assert c(1) is None"
@@ -537,6 +544,7 @@ print(attempt(lambda: open("/etc/passwd").read()), attempt(lambda: os.listdir("/
       attempt(lambda: open(os.__file__, "a")), attempt(lambda: os.listdir(REPO)),
       attempt(lambda: os.execv(sys.executable, ["python"])), dict(os.environ),
       os.getuid(), os.getgid(), os.getgroups(), os.uname().nodename,
+      os.statvfs(os.__file__).f_flag & os.ST_RDONLY,
       resource.getrlimit(resource.RLIMIT_CORE))
 """
 
@@ -550,7 +558,7 @@ def test_what_a_program_sees_of_the_machine(box):
         gone += " OSError"
     groups = verdict.output.split(" {} ")[1].split(" sandbox ")[0]
     assert verdict.output == f"{gone} FileNotFoundError PermissionError {{}} {groups} sandbox " \
-                             "(0, 0)\n"
+                             "1 (0, 0)\n"
     assert groups.startswith("65534 65534 ")
 
 

@@ -665,8 +665,6 @@ def test_fine_tuning_does_not_continue_on_other_samples(samples, tmp_path):
 
 SFT_MISTAKES = [
     ("--data=nowhere.jsonl", "nowhere.jsonl is missing, or not a file"),
-    ("--data=tests --val_data=x.jsonl", "val_data=x.jsonl goes with samples, and data=tests is not "
-     "a .jsonl file or a folder of them"),
     ("--val_data=nowhere.jsonl", "nowhere.jsonl is missing, or not a file"),
     ("--val_data=tests", "tests is missing, or not a file"),
     ("--init_from=scratch", "has no tokenizer: name the model to fine-tune with --init_from"),

@@ -428,8 +428,7 @@ class Adafactor(torch.optim.Optimizer):
 # --- Muon ----------------------------------------------------------------------------------------
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) for the groups with hidden=True, which are matrices; AdamW for
-    the others.
+    """Muon (Jordan et al. 2024) for groups of matrices with hidden=True, AdamW for the others.
 
     A matrix moves by its momentum, orthogonalized: all directions alike. As in Moonlight (Liu et
     al. 2025, arXiv 2502.16982, Eq. 4) that is scaled to the size of AdamW's updates, so both share
@@ -494,7 +493,8 @@ def orthogonalized(g):
         x = x.T
     for _ in range(5):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, factor, x, beta=3.4445)
     if len(g) > g.shape[1]:
         x = x.T
     return x.to(g.dtype)

@@ -541,18 +541,9 @@ def test_sharded_muon_is_muon(two, four):
        st.integers(0, 2**31), st.sampled_from([1e-3, 0.1]), st.sampled_from([0.0, 0.1]),
        st.sampled_from([1e-3, 1.0, 1e3]))
 def test_muon_is_torch_optim_muon_and_adamw(shapes, seed, lr, weight_decay, scale):
-    """A matrix's update has elements of about 0.2, made in bfloat16, whose steps are 2^-8 of a
-    number: over 3 updates to 8 % of lr, where no singular value is so small that the iteration
-    lifts the rounding too (so the gradients of a matrix differ in size alone). AdamW's are
-    float32: to 1e-5."""
+    """To 1e-5 of the largest weight, in float32. The bfloat16 inside gives the same bits, as the
+    operations are the same."""
     draw = torch.Generator().manual_seed(seed)
-    directions = []
-    for shape in shapes:
-        direction = torch.randn(shape, generator=draw)
-        if len(shape) == 2:
-            u, s, vt = torch.linalg.svd(direction, full_matrices=False)
-            direction = u * (0.5 + 0.5 * s / s.max()) @ vt
-        directions.append(direction)
     theirs = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
     ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs]
     optimizers = [parallel.Muon([{"params": [p], "hidden": p.dim() == 2} for p in ours], lr=lr,
@@ -565,14 +556,13 @@ def test_muon_is_torch_optim_muon_and_adamw(shapes, seed, lr, weight_decay, scal
             optimizers.append(torch.optim.AdamW([p], lr=lr, weight_decay=weight_decay,
                                                 betas=(0.9, 0.95)))
     for _ in range(3):
-        for p, q, direction in zip(theirs, ours, directions):
-            p.grad = scale * (0.5 + torch.rand((), generator=draw)) * direction
+        for p, q in zip(theirs, ours):
+            p.grad = scale * torch.randn(p.shape, generator=draw)
             q.grad = p.grad.clone()
         for optimizer in optimizers:
             optimizer.step()
     for p, q in zip(theirs, ours):
-        allowed = 0.08 * lr if p.dim() == 2 else 1e-5 * p.abs().max()
-        assert (p - q).abs().max() <= allowed
+        assert (p - q).abs().max() <= 1e-5 * p.abs().max()
 
 
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(0, 2**31))

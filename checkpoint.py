@@ -55,11 +55,12 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # a key per tensor, 
 
 # --- writing --------------------------------------------------------------------------------------
 
-def save(run, step, model, optimizer, tok, recipe, settings, keep):
+def save(run, step, model, optimizer, tok, recipe, settings, keep, beside=None):
     """Save checkpoint `step` of the run, then name it in `latest`. All processes take part.
 
     run: the run's folder. settings: a dict of JSON values, what the run was started with.
     keep: how many checkpoints stay, the newest ones and this one among them.
+    beside(folder): writes what else a run needs into its state/, on all processes.
     Raises OSError when it cannot be written; what was saved before is untouched.
     """
     run, name = Path(run), f"step_{step:07d}"
@@ -73,6 +74,8 @@ def save(run, step, model, optimizer, tok, recipe, settings, keep):
         huggingface.write_model(aside, model, tok, recipe, torch.float32, rank, size, gathered)
         dcp.save(optimizer_state(model, optimizer), no_dist=not dist.is_initialized(),
                  checkpoint_id=str(aside / "state" / "optimizer"))
+        if beside is not None:
+            beside(aside / "state")
         if rank == 0:
             write_json(aside / "state" / "train.json", {"step": step, **settings})
         wait_for_all()

@@ -180,7 +180,7 @@ def adjusted(logits, columns, canvas, tok, how):
     columns: (b, n).
     """
     logits[..., tok.vocab_size:] = -torch.inf
-    for i in {tok.mask_id, tok.pad_id} - {None, *tok.stop_ids}:  # Qwen pads with <eos>
+    for i in tok.never_chosen:
         logits[..., i] = -torch.inf
     penalty = torch.where(canvas.may_end.gather(1, columns), how.eos_penalty, torch.inf)  # (b, n)
     for i in tok.stop_ids:

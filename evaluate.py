@@ -45,9 +45,10 @@ from extract import extract
 from families import ASKED
 from infill import cut
 from likelihood import held_out, score_rows
-from model import fast_dtype, pick_device
+from model import pick_device
 from results import Results, check_settings, weights_fingerprint
 from run import Run
+from sample import Stop, load
 from sandbox import Sandbox
 from tasks import MESSAGE, message, program, read_tasks, reference
 
@@ -84,9 +85,9 @@ class Judging:
     tasks: str = ""  # file of tasks in HumanEval's or MBPP's schema: .jsonl, .jsonl.gz or .json
     limit: Int(0, 2**31) = 0  # only that many, the first ones; 0: all
     shown_tests: Int(0, 2**10) = 3  # (MBPP) how many of its tests a prompt shows; EvalPlus: 1
-    seconds: Float(0.01, 3600) = 3.0  # a program's time
-    memory_mb: Int(16, 2**20) = 512  # and memory
-    workers: Int(0, 2**12) = 0  # programs that run at once; 0: one per core
+    seconds: Float(0.01, 86400) = 3.0  # a program's time
+    memory_mb: Int(64, 2**20) = 512  # and memory
+    workers: Int(0, 1024) = 0  # programs that run at once; 0: one per core
     unsafe_execution: bool = False  # run programs even where the system cannot contain them
 
 
@@ -101,26 +102,6 @@ class PassK(Judging, Model, Decoding):
     check_references: bool = True  # refuse tasks whose reference fails their tests
     batch: Int(1, 2**16) = 16  # answers that are written at once
     out: str = ""  # folder of the results; empty: out/passk_MODEL_TASKS
-
-
-def load(cfg, device):
-    """(Transformer, Tokenizer, Recipe) of the folder that cfg names, whole on one device."""
-    dtype = cfg.dtype
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else fast_dtype(device.type)
-    asked = {"objective": cfg.objective, "shift": cfg.shift, "block_size": cfg.block_size}
-    return huggingface.load(cfg.init_from or huggingface.newest_run(), device,
-                            getattr(torch, dtype), cfg.mask_token, **asked)
-
-
-class Stop:
-    """The handler of Ctrl-C and SIGTERM: the first asks for an end, the next one is the end."""
-    asked = False
-
-    def __call__(self, number, frame):
-        if self.asked:
-            sys.exit(128 + number)
-        self.asked = True
 
 
 # --- likelihood -----------------------------------------------------------------------------------
@@ -142,6 +123,7 @@ def likelihood(argv):
         settings |= {"draws": cfg.draws, "seed": cfg.seed}
     world.say(report.likelihood_table(scores, settings))
     if cfg.out and world.rank == 0:
+        scores = files.without_nan(scores)
         files.write_json(cfg.out, {"scores": scores, "settings": settings})
     world.leave()
     return 0

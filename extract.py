@@ -3,9 +3,10 @@
     "Sure! Here it is:\n```python\ndef f(x): …\n```\nIt …"  --extract-->  "def f(x): …\n"
 
 An answer may be a module or a function's body, in a fence or in none, with prose around it, with
-tests or another function after it, and cut off anywhere. It is read in several ways, the likeliest
-first. The first reading counts that is Python up to its last complete statement and defines the
-function with a body. Nothing is ever run here.
+tests or another function after it, and cut off anywhere. Thoughts before it, `<think>…</think>`,
+are skipped. It is read in several ways, the likeliest first. The first reading counts that is
+Python up to its last complete statement and defines the function with a body. Nothing is ever run
+here.
 
 Of the code that was found, only these go: lines after the last complete statement, and statements
 at the top level that the function does not need, such as prints, asserts and `if __name__`.
@@ -42,8 +43,13 @@ def extract(task, text):
 def readings(task, text):
     """Ways to read an answer, the likeliest first: a generator of (code, whole).
 
-    whole: all of it has to be Python; else what follows its last complete statement goes.
+    whole: all of it has to be Python; else what follows its last complete statement goes. A model's
+    thoughts before its answer are not read, and thoughts without an end leave no answer.
     """
+    if text.lstrip().startswith("<think>"):
+        _, end, text = text.partition("</think>")
+        if not end:
+            return
     blocks = fenced_blocks(text)
     for block in blocks:  # a module in a fence
         yield block, False
@@ -189,7 +195,12 @@ def needed(body, function):
 
 
 def sets_recursion_limit(statement):
-    return ast.unparse(statement).startswith("sys.setrecursionlimit(")
+    """Whether it is sys.setrecursionlimit(…). Looked up, not unparsed: a statement may be nested
+    deeper than Python recurses."""
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    name = call.func if isinstance(call, ast.Call) else None
+    return (isinstance(name, ast.Attribute) and name.attr == "setrecursionlimit"
+            and isinstance(name.value, ast.Name) and name.value.id == "sys")
 
 
 def binds(statement):

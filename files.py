@@ -121,6 +121,12 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, allow_nan=False))
 
 
+def without_nan(values):
+    """A dict of numbers as JSON can have it: None where one is NaN or infinite."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()}
+
+
 def check_out(path):
     """Raise Mistake for a file that could not be written: call it before the work, not after."""
     folder = Path(path).parent

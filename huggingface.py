@@ -59,6 +59,9 @@ def load_tokenizer(folder, bos_token="", mask_token="", add_fim=False):
     Raises Mistake for files that are missing, damaged or of an unknown kind.
     """
     path = Path(folder)
+    if path.suffix == ".jsonl":  # samples, of which the model's tokenizer makes tokens
+        raise Mistake(f"{path} has no tokenizer: name the model to fine-tune with "
+                      "--init_from=FOLDER")
     if path.suffix != ".json":
         path = path / "tokenizer.json"
     folder = path.parent

@@ -69,7 +69,10 @@ def held_out(cfg, loaded):
 
 
 def score_rows(cfg, loaded, rows, world):
-    """The figures of these rows, shared out among the processes: {name: number}."""
+    """The figures of these rows, shared out among the processes: {name: number}.
+
+    Bits per byte are NaN where only <eos> is scored.
+    """
     model, tok, recipe = loaded
     ordered = cfg.left_to_right
     if ordered is None:
@@ -85,9 +88,10 @@ def score_rows(cfg, loaded, rows, world):
         scored = part.x0[part.maskable]
         totals += [nats, variance, in_order, len(scored), token_bytes[scored].sum()]
     nats, variance, in_order, tokens, bytes_ = world.sum(*totals)
+    divisor = bytes_ or math.nan  # where only <eos> is scored, there are no bytes
     scores = {"nelbo": nats / tokens, "nelbo_stderr": variance**0.5 / tokens,
-              "bits_per_byte": nats / math.log(2) / bytes_}
+              "bits_per_byte": nats / math.log(2) / divisor}
     if ordered:
         scores["left_to_right"] = in_order / tokens
-        scores["left_to_right_bits_per_byte"] = in_order / math.log(2) / bytes_
+        scores["left_to_right_bits_per_byte"] = in_order / math.log(2) / divisor
     return scores | {"tokens": int(tokens), "bytes": int(bytes_)}

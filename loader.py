@@ -123,9 +123,7 @@ class Windows:
 
         batch_rows: rows of the global batch. rows: the ones wanted; None: all of them.
         """
-        rows = np.arange(batch_rows) if rows is None else np.asarray(rows)
-        epochs, places = np.divmod(step * batch_rows + rows, len(self))  # (B,) each
-        numbers = [epoch_order(seed, int(e), len(self))[place] for e, place in zip(epochs, places)]
+        rows, epochs, numbers = rows_at_step(seed, step, batch_rows, rows, len(self))
         batch = self.batch(numbers, epochs)
         if self.fim_rate > 0:
             for x0, number, row in zip(batch.x0.numpy(), numbers, rows):
@@ -150,7 +148,23 @@ class Windows:
 
         For evaluation.
         """
-        return np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+        return spread_evenly(count, len(self))
+
+
+def rows_at_step(seed, step, batch_rows, rows, total):
+    """What a training step reads of `total` windows: rows, epochs and the windows' numbers.
+
+    batch_rows, rows: as in Windows.at_step. Returns two (B,) int64 arrays and a list of B ints.
+    """
+    rows = np.arange(batch_rows) if rows is None else np.asarray(rows)
+    epochs, places = np.divmod(step * batch_rows + rows, total)  # (B,) each
+    numbers = [epoch_order(seed, int(e), total)[place] for e, place in zip(epochs, places)]
+    return rows, epochs, numbers
+
+
+def spread_evenly(count, total):
+    """`count` numbers from 0 to total - 1, or all if there are fewer, rising, spread evenly."""
+    return np.unique(np.linspace(0, total - 1, count).astype(int))
 
 
 @lru_cache(maxsize=1)

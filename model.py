@@ -210,16 +210,23 @@ class Transformer(nn.Module):
         """hidden (..., d_model) -> (..., vocab_size) float32; float64 where the weights are."""
         return at_least_float32(F.linear(hidden, self.head))
 
-    def token_loss(self, hidden, targets):
+    def token_loss(self, hidden, targets, temperature=1.0, banned=None):
         """Cross entropy of each position, in nats, without ever holding all logits.
 
         hidden: (N, d_model), the scored positions alone. targets: (N,) int64. Returns (N,) float32.
         A chunk of positions at a time is projected on the vocabulary, once more in the backward.
+        As decoding samples: the logits are divided by `temperature`, and `banned`, (n,) int64, are
+        ids that are never chosen, so no target is one of them.
         """
         chunk = max(1, LOGITS_AT_ONCE // self.cfg.vocab_size)
 
         def loss_of(h, y):
-            return F.cross_entropy(self.logits(h), y, reduction="none")
+            logits = self.logits(h)
+            if temperature != 1:
+                logits = logits / temperature
+            if banned is not None:
+                logits = logits.index_fill(-1, banned, -torch.inf)
+            return F.cross_entropy(logits, y, reduction="none")
 
         if len(targets) <= chunk:
             return loss_of(hidden, targets)

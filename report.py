@@ -2,7 +2,7 @@
 
     OUT/report.md      the tables as they are printed, and every setting
     OUT/report.json    {"scores", "speed", "settings"}
-    OUT/failures.html  each failure: prompt, answer, program, verdict (assets/failures.html)
+    OUT/failures.html  each failure: prompt, answer, program, verdict (assets/samples.html)
 
 The scores are a function of the samples and their verdicts: neither batches, processes nor restarts
 change them. The speed is that of the machine.
@@ -19,7 +19,7 @@ from configurator import visible
 from files import read_text, write_json, write_text
 from tasks import message
 
-TEMPLATE = Path(__file__).parent / "assets" / "failures.html"
+TEMPLATE = Path(__file__).parent / "assets" / "samples.html"
 MOST_SHOWN = 1000  # failures in the page
 LONGEST_SHOWN = 20_000  # characters of a text in it
 
@@ -169,8 +169,31 @@ def page(tasks, results, scores, settings):
     scored = [[name, f"{value:.1%}"] for name, value in scores.items()
               if name.startswith("pass@") and "stderr" not in name]
     chosen = [[name, str(value)] for name, value in settings.items()]
-    data = {"failures": failures[:MOST_SHOWN], "left_out": max(0, len(failures) - MOST_SHOWN),
-            "samples": len(results), "settings": scored + chosen}
+    return filled(f"{len(failures)} of {len(results)} samples failed", failures, scored + chosen)
+
+
+def samples_page(lines, tasks):
+    """The answers of a rollout as such a page, str.
+
+    lines: of rl.py's samples.jsonl, dicts. tasks: the Task of each.
+    """
+    shown = []
+    for line, task in zip(lines, tasks):
+        texts = {"task": task.task_id, "family": task.family, "prompt": task.prompt,
+                 "answer": line["answer"], "tests": "\n".join(task.tests) or task.test,
+                 "detail": line["detail"]}
+        notes = [f"reward {line['total']:.2f}", f"advantage {line['advantage']:+.2f}",
+                 f"{line['passed']:.0%} of the cases passed"]
+        shown.append({name: shortened_text(text) for name, text in texts.items()}
+                     | {"sample": line["row"], "status": line["status"], "notes": notes})
+    return filled(f"Rollout {lines[0]['rollout']}, step {lines[0]['step']}: {len(lines)} answers",
+                  shown, [])
+
+
+def filled(title, shown, settings):
+    """The template with data: a title, what there is to read, and [name, value] pairs."""
+    data = {"title": title, "shown": shown[:MOST_SHOWN], "settings": settings,
+            "left_out": max(0, len(shown) - MOST_SHOWN)}
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII
     for character in "<>&":  # a </script> in a text must not end the script
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -185,9 +208,14 @@ def failure(task, sample, verdict, settings):
              "tests": "\n".join(task.tests) or task.test,
              "detail": verdict["detail"], "output": verdict["output"]}
     shown = {name: shortened_text(text) for name, text in shown.items()}
-    return shown | {"sample": sample["sample"], "status": verdict["status"],
-                    "found": sample["found"], "truncated": sample["truncated"],
-                    "judged": verdict["judged"], "cases": verdict["cases"]}
+    notes = [f"judged by {verdict['judged']}"]
+    if len(verdict["cases"]) > 1:
+        notes.append(f"{sum(verdict['cases'])} of {len(verdict['cases'])} cases passed")
+    if not sample["found"]:
+        notes.append("no program in the answer")
+    if sample["truncated"]:
+        notes.append("truncated at max_new_tokens")
+    return shown | {"sample": sample["sample"], "status": verdict["status"], "notes": notes}
 
 
 def shortened_text(text):

@@ -146,8 +146,8 @@ class Run:
                               f"{name}={before[name]}: resume with the same settings, or start "
                               "another run with --out=FOLDER")
         if self.saved.get("data", data) != data:
-            raise Mistake(f"the data in {now['data']} is not what the run in {self.folder} "
-                          "was trained on: it was prepared anew. Prepare it as it was, or start "
+            raise Mistake(f"the data is not what the run in {self.folder} was trained on: it was "
+                          "prepared anew. Prepare it as it was, or start "
                           f"another run with --out=FOLDER --init_from={self.folder}")
         news = [f"{name} {before[name]} -> {now[name]}" for name in changed if name not in free]
         if news:
@@ -193,8 +193,7 @@ class Run:
 
     def log(self, values):
         """Write a line of metrics, {name: number} with a `step`. Raises OSError, saying where."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-                  for k, v in values.items()}
+        finite = files.without_nan(values)
         try:
             self.metrics.write(json.dumps(finite) + "\n")
         except OSError as error:
@@ -218,8 +217,10 @@ class Run:
                        f"{scores['bits_per_byte']:.4f} bits per byte, "
                        f"± {scores['nelbo_stderr']:.4f}")
 
-    def save(self, step, model, optimizer, tok, recipe, cfg, machine, data):
+    def save(self, step, model, optimizer, tok, recipe, cfg, machine, data, beside=None):
         """A checkpoint after `step` steps, with what a resumed run compares itself with.
+
+        beside: see checkpoint.save.
 
         Raises Mistake, saving nothing, where a weight is not finite.
         """
@@ -233,7 +234,8 @@ class Run:
             except OSError as error:
                 raise self.unwritten(error) from error
         settings = {"machine": machine, "config": asdict(cfg), "data": data}
-        checkpoint.save(self.folder, step, model, optimizer, tok, recipe, settings, cfg.keep)
+        checkpoint.save(self.folder, step, model, optimizer, tok, recipe, settings, cfg.keep,
+                        beside)
 
     def close(self, after_error):
         """Leave signals as they were, and the folder to others."""
@@ -385,9 +387,6 @@ def pick_model(cfg, given, folder):
     cfg: train.py's settings. given: the set of those that were set.
     """
     if folder is None:
-        if cfg.data.endswith(".jsonl"):
-            raise Mistake(f"data={cfg.data} has no tokenizer: name the model to fine-tune with "
-                          "--init_from=FOLDER")
         tok = huggingface.load_tokenizer(cfg.data, cfg.bos_token, cfg.mask_token, cfg.fim_rate > 0)
         sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig)}
         sizes["vocab_size"] = cfg.vocab_size or tok.vocab_size

@@ -373,11 +373,11 @@ def joined(traces):
 
 # --- the script -----------------------------------------------------------------------------------
 
-def load(cfg):
-    """(Transformer, Tokenizer, Recipe) of the folder that cfg names."""
-    device, dtype = pick_device(cfg.device), cfg.dtype
+def load(cfg, device):
+    """(Transformer, Tokenizer, Recipe) of the folder that cfg names. device: a torch.device."""
+    dtype = cfg.dtype
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else fast_dtype(device)
+        dtype = "float32" if device.type == "cpu" else fast_dtype(device.type)
     asked = {"objective": cfg.objective, "shift": cfg.shift, "block_size": cfg.block_size}
     return huggingface.load(cfg.init_from or huggingface.newest_run(), device,
                             getattr(torch, dtype), cfg.mask_token, **asked)
@@ -399,7 +399,7 @@ def main(argv=None):
         raise Mistake(f"diff and fill_tokens are for a gap: --infill=FILE, or a {MARKER} in the "
                       "prompt")
 
-    loaded = load(cfg)
+    loaded = load(cfg, torch.device(pick_device(cfg.device)))
     stop = Stop()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

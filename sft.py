@@ -29,7 +29,7 @@ import loader
 from configurator import Mistake, shortened, visible
 from diffusion import stream
 from files import read_json_lines, replacing
-from loader import Batch, check_window, epoch_order, open_shards
+from loader import Batch, check_window, open_shards, rows_at_step, spread_evenly
 from templates import parts_of_chat
 from tokenizer import MULTIPLE, check_unicode, dtype_for
 
@@ -245,8 +245,7 @@ class Samples:
         return len(self.starts) - 1
 
     def filled(self):
-        """The fewest and the most tokens that a sample takes with its <eos>: (samples,) int64 each.
-        """
+        """The fewest and the most tokens of each sample with its <eos>: (samples,) int64 each."""
         lengths = np.diff(self.store.offsets)
         if self.cross_document:
             return lengths + 1, lengths + MOST_EOS
@@ -311,9 +310,7 @@ class Samples:
 
     def at_step(self, seed, step, batch_rows, rows=None):
         """The Batch of a training step, as loader.Windows.at_step returns it."""
-        rows = np.arange(batch_rows) if rows is None else np.asarray(rows)
-        epochs, places = np.divmod(step * batch_rows + rows, len(self))  # (B,) each
-        numbers = [epoch_order(seed, int(e), len(self))[place] for e, place in zip(epochs, places)]
+        rows, epochs, numbers = rows_at_step(seed, step, batch_rows, rows, len(self))
         draws = [stream(seed, FILLING, step, row) for row in rows]
         return self.batch(numbers, epochs, draws, self.share(step, batch_rows))
 
@@ -329,7 +326,7 @@ class Samples:
 
     def spread(self, count):
         """The numbers of `count` rows, or all if there are fewer, spread evenly over the split."""
-        return np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+        return spread_evenly(count, len(self))
 
     def in_words(self):
         """How many samples and rows there are, how full these are, and what was left out."""

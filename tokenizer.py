@@ -138,6 +138,8 @@ class Tokenizer:
     (Llama 3's adds bos) is never run: callers prepend bos_id themselves.
     stop_ids: frozenset of the ids that end a text: eos_id, those that the folder calls an end, and
     the END_OF_TURN that it has. Never mask_id, nor a pad_id that is not eos_id.
+    never_chosen: frozenset of the ids that decoding never writes: mask_id, and a pad_id that does
+    not end a text, as Qwen's does.
     fim: (prefix id, suffix id, middle id), or None where the vocabulary lacks them.
     fim_trained: bool, whether the folder's model is known to have been trained with them.
     token_bytes: (vocab_size,) int64 numpy, bytes of text that each id stands for; 0 for specials
@@ -171,6 +173,7 @@ class Tokenizer:
         self.vocab_size = len(self.bytes)
         self.token_bytes = np.array([len(b) for b in self.bytes], dtype=np.int64)
         self.stop_ids = self.find_stop_ids(model_config, generation_config or {})
+        self.never_chosen = frozenset({self.mask_id, self.pad_id} - {None, *self.stop_ids})
         self.fim_trained = model_config.get("fim_trained") is True
 
     def call(self, function, *args, **kwargs):

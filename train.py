@@ -27,6 +27,7 @@ from tqdm import tqdm
 import checkpoint
 import huggingface
 import loader
+import optimizers
 import parallel
 import plan
 import sft
@@ -89,7 +90,7 @@ class Config:
     min_lr: Float(0, 1e6) = 2e-4  # learning rate at the end
     lr_warmup_steps: Int(0, 2**31) = 50  # steps of linear rise to lr
     lr_decay: Literal["cosine", "linear"] = "cosine"  # how it falls from lr to min_lr
-    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # see parallel.make_optimizer
+    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # see optimizers.make_optimizer
     weight_decay: Float(0, 1e3) = 0.1  # on matrices only
     beta1: Float(0, 0.999999) = 0.9  # AdamW
     beta2: Float(0, 0.999999) = 0.95  # AdamW
@@ -188,7 +189,6 @@ def train(cfg, given, world, run):
     run.check_resumed(cfg, FIXED, FREE, fingerprint)
     machine = pick_machine(cfg, world, run.saved)
     dtype = getattr(torch, machine["dtype"])
-
     # data, model, optimizer
     folder = run.checkpoint
     if folder is None and cfg.init_from != "scratch":
@@ -209,7 +209,7 @@ def train(cfg, given, world, run):
         parallel.init_weights(model, cfg.seed)
     else:
         huggingface.load_weights(folder, model, parallel.my_rows)
-    optimizer = parallel.make_optimizer(model, cfg)
+    optimizer = optimizers.make_optimizer(model, cfg)
     if run.checkpoint is not None:
         checkpoint.load_state(run.checkpoint, model, optimizer)
     if run.start >= cfg.max_steps:

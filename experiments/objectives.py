@@ -41,7 +41,7 @@ class Config:
 # Fine-tuning with each objective, and how its model writes. A bidirectional model is told how long
 # the text may be: 64 masks, which its canvas had room for too.
 OBJECTIVES = {
-    "ar": (["--objective=ar", "--shift=none", "--complementary=false"], []),
+    "ar": (["--objective=ar", "--shift=none"], []),
     "block": (["--objective=block", "--shift=false"], []),
     "bidirectional": (["--objective=bidirectional", "--shift=true", "--canvas=64"],
                       ["--max_new_tokens=64"]),

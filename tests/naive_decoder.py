@@ -26,6 +26,7 @@ class Tok:
     """What decoding reads of a tokenizer: two ids that end a text, two that are never written."""
     vocab_size, bos_id, eos_id, mask_id, pad_id = VOCAB, BOS, EOS, MASK, PAD
     stop_ids = {EOS, END}
+    never_chosen = {MASK, PAD}
 
 
 class Endless(Tok):

@@ -39,6 +39,7 @@ import huggingface
 import parallel
 import train as script
 from model import Transformer
+from optimizers import Adafactor, Muon
 
 # fewer rows than processes, and uneven ones
 SHAPES = [(7, 5), (3, 1), (2, 40), (64, 2), (5,), (1,), (13,)]
@@ -97,62 +98,71 @@ def rewrite(run, out, file_bytes):
         huggingface.FILE_BYTES = default
 
 
-def adafactor(copies, relative, **settings):
-    """Our Adafactor on sharded weights beside one on whole weights: the largest difference,
-    relative to a tensor's largest.
+def whole_and_cut(copies, draw):
+    """The same random weights twice, whole and sharded: two lists.
 
-    copies: of the weights among the processes (HSDP); 1: none. The other one is PyTorch's where it
-    has the same rates.
+    copies: of the weights among the processes (HSDP); 1: none. draw: a torch.Generator.
     """
     mesh = init_device_mesh("cpu", (copies, dist.get_world_size() // copies))
-    placements = [Replicate(), Shard(0)]
-    draw = torch.Generator().manual_seed(0)
     whole = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
     cut = []
     for p in whole:
-        cut.append(torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)))
-    ours = parallel.Adafactor(cut, relative=relative, **settings)
+        part = distribute_tensor(p.detach().clone(), mesh, [Replicate(), Shard(0)])
+        cut.append(torch.nn.Parameter(part))
+    return whole, cut
+
+
+def set_gradients(p, q, gradient):
+    """Give the whole weight p and the sharded one q the same gradient."""
+    p.grad = gradient
+    q.grad = distribute_tensor(gradient.clone(), q.device_mesh, q.placements)
+
+
+def largest_difference(whole, cut):
+    """Of whole and sharded weights, relative to a tensor's largest: a float."""
+    return max(((p - q.full_tensor()).abs().max() / p.abs().max()).item()
+               for p, q in zip(whole, cut))
+
+
+def adafactor(copies, relative, **settings):
+    """Our Adafactor on sharded weights beside one on whole weights: largest_difference.
+
+    copies: see whole_and_cut. The other one is PyTorch's where it has the same rates.
+    """
+    draw = torch.Generator().manual_seed(0)
+    whole, cut = whole_and_cut(copies, draw)
+    ours = Adafactor(cut, relative=relative, **settings)
     if relative:
         other = torch.optim.Adafactor(whole, **settings)
     else:
-        other = parallel.Adafactor(whole, relative=False, **settings)
+        other = Adafactor(whole, relative=False, **settings)
     for _ in range(20):
         for p, q in zip(whole, cut):
             noise = torch.randn(p.shape, generator=draw)
             size_of_row = torch.rand(p.shape[:1] + (1,) * (p.dim() - 1), generator=draw) ** 8
-            p.grad = noise * size_of_row
-            q.grad = distribute_tensor(p.grad.clone(), mesh, placements)
+            set_gradients(p, q, noise * size_of_row)
         ours.step()
         other.step()
-    differences = []
-    for p, q in zip(whole, cut):
-        difference = (p - q.full_tensor()).abs().max() / p.abs().max()
-        differences.append(difference.item())
-    return max(differences)
+    return largest_difference(whole, cut)
 
 
 def muon(copies):
-    """Our Muon on sharded weights beside it on whole ones: the largest difference, relative to a
-    tensor's largest. copies: see adafactor."""
-    mesh = init_device_mesh("cpu", (copies, dist.get_world_size() // copies))
-    placements = [Replicate(), Shard(0)]
+    """Our Muon on sharded weights beside it on whole ones: largest_difference.
+
+    copies: see whole_and_cut.
+    """
     draw = torch.Generator().manual_seed(0)
-    whole = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in SHAPES]
-    cut = []
-    for p in whole:
-        cut.append(torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)))
-    optimizers = []
+    whole, cut = whole_and_cut(copies, draw)
+    both = []
     for weights in (whole, cut):
         groups = [{"params": [p], "hidden": p.dim() == 2} for p in weights]
-        optimizers.append(parallel.Muon(groups, lr=0.05, weight_decay=0.1))
+        both.append(Muon(groups, lr=0.05, weight_decay=0.1))
     for _ in range(5):
         for p, q in zip(whole, cut):
-            p.grad = torch.randn(p.shape, generator=draw)
-            q.grad = distribute_tensor(p.grad.clone(), mesh, placements)
-        for optimizer in optimizers:
+            set_gradients(p, q, torch.randn(p.shape, generator=draw))
+        for optimizer in both:
             optimizer.step()
-    return max(((p - q.full_tensor()).abs().max() / p.abs().max()).item()
-               for p, q in zip(whole, cut))
+    return largest_difference(whole, cut)
 
 
 def private_memory():

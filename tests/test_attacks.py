@@ -568,8 +568,10 @@ def naive(judge, attack, use_check):
 
 
 def run_naive(command, given=""):
-    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=20,
-                          errors="replace", cwd=tempfile.gettempdir())
+    """Run a command in a fresh folder: what a program writes is gone with it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        return subprocess.run(command, input=given, capture_output=True, text=True, timeout=20,
+                              errors="replace", cwd=folder)
 
 
 FOOLING = [attack for attack in FORGERIES if attack.fools]

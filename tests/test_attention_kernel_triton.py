@@ -32,6 +32,7 @@ GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.skipif(not GPU and not INTERPRETED,
                                 reason="no CUDA here, and TRITON_INTERPRET=1 is not set")
+GROUPS = range(1, 9) if GPU else (1, 2, 3, 5)  # query heads for each head of k and v
 on_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device, which the interpreter is not")
 no_bfloat16 = pytest.mark.skipif(
     INTERPRETED, reason="the interpreter multiplies bfloat16's bits as integers")
@@ -114,15 +115,15 @@ def partitions(T):
 
 @st.composite
 def cases(draw):
-    T = draw(st.integers(1, 44))
+    T = draw(st.integers(1, 36))  # up to three of the interpreter's tiles
     rows = draw(st.lists(partitions(T), min_size=1, max_size=2))
     K = draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16, 33, 64, None]))
     right = draw(st.none() | st.integers(0, T))  # the annealed edge, without [xt ; x0]
     return rows, K, draw(st.booleans()), right
 
 
-@settings(deadline=None, max_examples=400 if GPU else 120)
-@given(cases(), st.integers(1, 2), st.integers(1, 8), st.sampled_from([16, 8, 24, 32, 40]))
+@settings(deadline=None, max_examples=400 if GPU else 80)
+@given(cases(), st.integers(1, 2), st.sampled_from(GROUPS), st.sampled_from([16, 8, 24, 32, 40]))
 @example(([[20]], 4, True, None), 1, 1, 16)
 @example(([[-20], [20]], 4, True, None), 1, 2, 16)
 @example(([[1] * 20], 1, True, None), 2, 1, 16)
@@ -134,7 +135,7 @@ def test_output_and_gradients_equal_the_dense_reference(case, n_kv_head, group, 
     check(spans_of(rows, K, noisy, right), n_kv_head if group < 3 else 1, group, head_dim)
 
 
-@settings(deadline=None, max_examples=200 if GPU else 60)
+@settings(deadline=None, max_examples=200 if GPU else 40)
 @given(cases(), st.integers(1, 2), st.integers(1, 4), st.sampled_from([16, 24]))
 @example(([[20]], 4, True, None), 1, 1, 16)
 @example(([[-20], [20]], 4, True, None), 1, 2, 16)

@@ -148,6 +148,33 @@ def test_toy_report_reads_steps_and_evaluations(tmp_path):
     assert (len(steps), len(evaluations)) == (2, 2)
 
 
+def write_scores(folder, scores, count=4):
+    """What evaluate.py leaves of `count` samples, as far as the report reads it."""
+    (folder / "report.json").write_text(json.dumps({"scores": scores}))
+    for name in ("samples", "verdicts"):
+        lines = [{"solution": f"def f{i}():\n    pass\n", "status": ["passed", "failed"][i % 2],
+                  "detail": f"case {i}"} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_toy_report_shows_the_score_and_three_functions_with_their_verdicts(tmp_path):
+    scores = {"pass@1": 0.5125, "tasks": 400}
+    text = "\n".join(toy_report.solutions(write_scores(tmp_path, scores)))
+    assert "functions, 400 of" in text and "pass@1 51.2%. The first three:" in text
+    assert text.count("```python") == 3
+    assert "\n```python\ndef f1():\n    pass\n```\nfailed case 1" in text
+    assert "passed case 2" in text and "case 3" not in text
+    one = toy_report.solutions(write_scores(tmp_path, scores, count=1))
+    assert "\n".join(one).count("```python") == 1
+
+
+@pytest.mark.parametrize("scores", [None, [], {}, {"pass@1": 0.5}, {"pass@1": "1", "tasks": 4}])
+def test_toy_report_refuses_a_report_without_a_score(tmp_path, scores):
+    with pytest.raises(Mistake, match="report.json is not a report of `evaluate.py passk`"):
+        toy_report.solutions(write_scores(tmp_path, scores))
+
+
 # --- sampling -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words, said", [

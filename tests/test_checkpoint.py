@@ -62,8 +62,27 @@ def test_latest_is_found_old_ones_go_and_the_newest_run_wins(data_folder, tmp_pa
     assert huggingface.find(tmp_path / "a" / "step_0000002").name == "step_0000002"
     save(tmp_path / "b", 1, small_model(tok), tok)
     assert huggingface.newest_run(tmp_path) == tmp_path / "b"
-    with pytest.raises(Mistake, match="no trained run"):
-        huggingface.newest_run(tmp_path / "empty")
+
+
+def test_where_there_is_no_run_the_weights_in_the_box_are_meant(tok, tmp_path, monkeypatch):
+    box, run = tmp_path / "box", tmp_path / "out" / "run"
+    monkeypatch.setattr(huggingface, "BOX", box)
+    for out in ("out", "empty"):
+        with pytest.raises(Mistake) as error:
+            huggingface.newest_run(tmp_path / out)
+        assert str(error.value) == (
+            f"no trained run in {tmp_path / out}/: `bash demo.sh` trains some, or name one with "
+            "--init_from=FOLDER"
+        )
+    model = small_model(tok)
+    box.mkdir()
+    huggingface.write_model(box, model, tok, RECIPE)
+    assert huggingface.newest_run(tmp_path / "out") == box
+    again, _, recipe = huggingface.load(huggingface.newest_run(tmp_path / "out"))
+    assert torch.equal(again.embed_tokens.weight, model.embed_tokens.weight)
+    assert recipe.objective == "block"
+    save(run, 1, model, tok)
+    assert huggingface.newest_run(tmp_path / "out") == run
 
 
 @pytest.mark.parametrize("broken", ["huggingface.save_file", "torch.save", "os.replace"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from itertools import combinations, permutations
 
+import numpy as np
 import pytest
 import torch
 from browser import Browser, Missing
@@ -203,6 +204,21 @@ def test_the_likelihood_of_samples_is_that_of_their_completions(data_folder, tmp
     assert scores["tokens"] == filled - prompt and scores["bytes"] == 3
     with pytest.raises(Mistake, match="none.jsonl is missing"):
         evaluate.main([*words, "--data=none.jsonl"])
+
+
+def test_where_only_eos_is_scored_bits_per_byte_are_not_a_number(data_folder, tmp_path, capsys):
+    folder = write_tiny_run(tmp_path / "run", data_folder)
+    tok, data, out = load_tokenizer(folder), tmp_path / "data", tmp_path / "l.json"
+    data.mkdir()
+    np.array([tok.bos_id] + 7 * [tok.eos_id], np.uint16).tofile(data / "val.bin")
+    np.array([0, 8]).tofile(data / "val.idx")
+    (data / "meta.json").write_text(json.dumps({"vocab_size": tok.vocab_size}))
+    words = ["likelihood", f"--init_from={folder}", f"--data={data}", "--context=8", "--device=cpu"]
+    assert evaluate.main([*words, f"--out={out}"]) == 0
+    assert "7 tokens, 0 bytes" in (table := capsys.readouterr().out) and table.count("nan") == 2
+    scores = json.loads(out.read_text())["scores"]
+    assert scores["bits_per_byte"] is scores["left_to_right_bits_per_byte"] is None
+    assert scores["nelbo"] > 0 and (scores["tokens"], scores["bytes"]) == (7, 0)
 
 
 # --- a folder of tasks, and a model that passes some of them --------------------------------------
@@ -536,6 +552,9 @@ def test_the_instruct_style_goes_through_the_template(score, tmp_path):
     (["--tasks="], "no tasks: name a file"),
     (["--tasks=none.jsonl"], "none.jsonl is missing"),
     (["--seconds=0"], "seconds=0 does not fit"),
+    (["--seconds=86401"], "seconds=86401 does not fit"),
+    (["--memory_mb=63"], "memory_mb=63 does not fit: memory_mb is an int from 64 to 1,048,576"),
+    (["--workers=1025"], "workers=1025 does not fit: workers is an int from 0 to 1,024"),
     (["--steps=2", "--threshold=0.9"], "steps"),
     (["--device=tpu"], "device='tpu' does not fit"),
 ])
@@ -621,8 +640,8 @@ def test_the_page_holds_a_thousand_failures_as_data(tmp_path):
     page = report.page(tasks, results, scores, chosen)
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
     held = json.loads(data)
-    assert len(held["failures"]) == 1000 and held["left_out"] == 200
-    seventh = held["failures"][7]
+    assert len(held["shown"]) == 1000 and held["left_out"] == 200
+    seventh = held["shown"][7]
     assert seventh["program"] == HOSTILE and seventh["task"] == f"t/7 {HOSTILE}"
     assert page.count("<script") == 2 and "http" not in page.replace("http-equiv", "")
     assert "default-src 'none'" in page

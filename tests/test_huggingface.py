@@ -894,10 +894,11 @@ Model.forward = forward
     assert '`pip install "transformers==4.46.*"`' in capsys.readouterr().out
 
 
-def test_the_commands_from_outside(folders, tmp_path):
-    """As a shell sees them: exit statuses, and a sentence for a mistake."""
+@pytest.fixture
+def shell(tmp_path):
+    """huggingface.py with these words, as a shell starts it."""
 
-    def shell(*words):
+    def run(*words):
         env = {
             "PATH": "/usr/bin",
             "HF_HUB_OFFLINE": "1",
@@ -912,13 +913,24 @@ def test_the_commands_from_outside(folders, tmp_path):
             text=True,
         )
 
-    found = shell("verify", folders["Dream"], TRUST)
-    assert found.returncode == 0 and "100.0% of the tokens" in found.stdout
+    return run
+
+
+def test_the_commands_from_outside(folders, tmp_path, shell):
+    """As a shell sees them: exit statuses, and a sentence for a mistake."""
+    found = shell("export", folders["SDAR"], f"--to={tmp_path / 'published'}", "--block_size=4")
+    assert found.returncode == 0 and (tmp_path / "published" / "config.json").is_file()
     found = shell("verify", folders["Dream"])
     assert found.returncode == 1 and found.stderr == (
         f"error: {folders['Dream']} brings its own code, which verify would "
         "run: own_code.py; read it, then add --trust_remote_code=true\n"
     )
+
+
+@pytest.mark.slow  # it imports transformers anew; other tests verify in this process
+def test_verify_from_outside(folders, shell):
+    found = shell("verify", folders["Dream"], TRUST)
+    assert found.returncode == 0 and "100.0% of the tokens" in found.stdout
     found = shell("verify", folders["SDAR"], TRUST)
     assert found.returncode == 1 and found.stderr == (
         "error: objective='block' needs a block_size, which config.json does not "

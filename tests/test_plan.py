@@ -38,6 +38,7 @@ import train
 from configurator import Mistake, report
 from loader import Batch
 from model import ModelConfig, Transformer
+from optimizers import Adafactor
 
 
 @dataclass
@@ -184,7 +185,7 @@ def build(cfg, mesh):
 
 def make_optimizer(cfg, net):
     if cfg.optimizer == "adafactor":
-        return parallel.Adafactor(net.parameters(), relative=False)
+        return Adafactor(net.parameters(), relative=False)
     return torch.optim.AdamW(net.parameters(), fused=True)
 
 
@@ -391,10 +392,16 @@ def test_the_8b_is_sharded_into_the_planned_parts():
 
 MODELS = [dict(objective="ar", qkv_bias=True), dict(objective="bidirectional", qk_norm=True),
           dict(objective="block"), dict(objective="block", shift=True)]
-SAVED = [Settings(**of_model, recompute=recompute, dtype=dtype)
-         for recompute in ("none", "selective", "full")
-         for dtype in ("bfloat16", "float32")
-         for of_model in MODELS]
+
+
+def to_save(half):
+    """Half of all cases: each model with each `recompute`, in either of two dtypes."""
+    cases = []
+    for r, recompute in enumerate(("none", "selective", "full")):
+        for m, of_model in enumerate(MODELS):
+            dtype = ("bfloat16", "float32")[(r + m + half) % 2]
+            cases.append(Settings(**of_model, recompute=recompute, dtype=dtype))
+    return cases
 
 
 def interpreter_fails():
@@ -406,16 +413,18 @@ def interpreter_fails():
 def test_a_rehearsal_counts_what_real_tensors_take():
     if interpreter_fails():
         pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    in_bfloat16 = [cfg for cfg in SAVED if cfg.dtype == "bfloat16"]
-    tiny = [replace(cfg, context=16, rows=1, vocab_size=50, n_layer=1) for cfg in in_bfloat16[::5]]
+    tiny = [replace(cfg, context=16, rows=1, vocab_size=50, n_layer=1) for cfg in to_save(0)[::5]]
+    assert {cfg.dtype for cfg in tiny} == {"bfloat16"}
     real = [False] * len(tiny) + [True] * len(tiny)
     found = result(outside(saved_bytes, tiny + tiny, real, TRITON_INTERPRET="1"))
     assert found[:len(tiny)] == found[len(tiny):]
 
 
-def test_activations_take_the_planned_bytes():
-    found = result(outside(saved_bytes, SAVED, [False] * len(SAVED), TRITON_INTERPRET="1"))
-    for cfg, (living, saved) in zip(SAVED, found):
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_activations_take_the_planned_bytes(half):
+    cases = to_save(half)
+    found = result(outside(saved_bytes, cases, [False] * len(cases), TRITON_INTERPRET="1"))
+    for cfg, (living, saved) in zip(cases, found, strict=True):
         (kept, _), (last, _), rest = plan.activation_bytes(cfg.model, cfg, cfg.rows)
         log_probabilities = 4 * cfg.rows * cfg.context * cfg.vocab_size
         planned = (cfg.n_layer - 1) * kept + last + rest + log_probabilities
@@ -589,6 +598,14 @@ def test_what_cannot_work_is_refused_with_what_can(capsys, settings, says):
     if advice:
         out, error = plan_of(capsys, *BIG, *settings, *advice)
         assert not error and "\npeak " in out
+
+
+def test_samples_have_no_tokenizer_to_plan_with(capsys):
+    _, error = plan_of(capsys, *BIG, "--vocab_size=0", "--data=data/mine/train.jsonl")
+    assert error == (
+        "error: vocab_size=0 takes the tokenizer's size, but data/mine/train.jsonl has no "
+        "tokenizer: name the model to fine-tune with --init_from=FOLDER; to plan without it, give "
+        "--vocab_size")
 
 
 @pytest.mark.parametrize("name, value", [

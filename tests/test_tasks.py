@@ -239,6 +239,30 @@ def test_of_several_blocks_the_first_with_the_function_counts(code, other, prose
     assert extract(TASK, f"{text}```python\n{other}```\n{usage}") == (code, True)
 
 
+LINES = ["def f(x):", "    return 5", "```python", "```", "<think>", "</thin", "", "So, hm."]
+THOUGHTS = st.lists(st.sampled_from(LINES), max_size=9).map("\n".join)
+
+
+@given(code=modules(), thoughts=THOUGHTS, blank=st.sampled_from(["", "\n", " \n\n"]),
+       task=st.sampled_from([TASK, MBPP]))
+@settings(max_examples=100, deadline=None)
+def test_thoughts_before_an_answer_are_not_read(code, thoughts, blank, task):
+    thinking = f"{blank}<think>\n{thoughts}"
+    for answer in (code, f"So:\n```python\n{code}```\nAfter </think>, the code."):
+        assert extract(task, f"{thinking}\n</think>\n\n{answer}") == (code, True)
+    cut_off = f"{thinking}\n```python\n{code}```\n"
+    assert extract(task, cut_off) == (task.prompt + cut_off, False)
+
+
+def test_thoughts_before_a_body_are_not_read_and_elsewhere_the_tag_is_text():
+    for body in (BODY, "y = x + 1\nreturn y", f"```python\n{MODULE}```"):
+        code, found = extract(TASK, f"<think>\nreturn 5\n</think>\n\n{body}")
+        assert found and run(code)(1) == 2
+    code = "def f(x):\n    return '<think>' + x\n"
+    assert extract(TASK, f"The tag <think> is a word.\n```python\n{code}```") == (code, True)
+    assert extract(Task("t", "def f(x):\n    return 1\n", "f"), "<think>")[1] is False
+
+
 LETTERS = st.text("abcdefghijklmnop ,.'", min_size=1, max_size=40).map(lambda s: s.strip() or "a")
 
 

@@ -638,6 +638,18 @@ def test_epochs_are_counted_in_rows_of_the_data(samples, tmp_path, capsys, objec
         assert "steps are done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("epochs, asked", [(4.0, 9), (4.0, 1), (0.5, 9)])
+def test_warmup_is_at_most_a_tenth_of_the_steps_that_the_epochs_are(samples, tmp_path, epochs,
+                                                                    asked):
+    tune(samples, tmp_path / "run", "ar_diffusion", f"--epochs={epochs}", "--eval_every=0",
+         f"--lr_warmup_steps={asked}")
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    assert (len(rates) >= 20) == (epochs == 4)
+    warmup = min(asked, len(rates) // 10)
+    assert rates[:warmup] == pytest.approx([0.01 * n / warmup for n in range(1, warmup + 1)])
+    assert rates[warmup] == 0.01 > rates[warmup + 1]
+
+
 def test_a_row_is_shown_and_nothing_else_happens(samples, data_folder, tmp_path, capsys):
     tune(samples, tmp_path / "run", "block", "--show_row=0")
     assert "tokens are scored" in capsys.readouterr().out and not (tmp_path / "run").exists()

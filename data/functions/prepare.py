@@ -29,7 +29,8 @@ from data.functions import grammar, named, parts
 from data.functions.grammar import FAMILIES, HARD_FAMILIES
 from data.functions.named import NAMED
 from data.functions.parts import Used
-from files import read_json, write_json, write_text
+from data.stdlib.prepare import is_unchanged
+from files import write_json, write_text
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Config:
 
 
 SPLITS = ("train", "val", "test", "hard", "hard_test")
+PRODUCTS = [f"{split}.jsonl" for split in SPLITS]
 NAMES = ("f", "g", "solve", "process", "task", "apply", "build", "get", "find", "answer")
 RECURSIVE_NAMES = ("f",)  # the body repeats it: tiny models learn to copy it last
 ARGUMENTS = {
@@ -318,21 +320,11 @@ def fingerprint_of(cfg):
     return digest.hexdigest()
 
 
-def is_unchanged(out, fingerprint):
-    """Whether `out` holds all that a run with this fingerprint writes."""
-    try:
-        meta = read_json(out / "meta.json")
-    except Mistake:  # missing or damaged: everything is made again
-        return False
-    complete = all((out / f"{split}.jsonl").is_file() for split in SPLITS)
-    return complete and meta.get("fingerprint") == fingerprint
-
-
 def main(argv=None):
     cfg, _ = configure(Config, argv)
     out = Path(cfg.out)
     fingerprint = fingerprint_of(cfg)
-    if is_unchanged(out, fingerprint):
+    if is_unchanged(out, PRODUCTS, fingerprint):
         print(f"{out}: nothing to do")
         return
     out.mkdir(parents=True, exist_ok=True)

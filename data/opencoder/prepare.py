@@ -47,8 +47,8 @@ import sft
 from configurator import Float, Int, Mistake, Name, check_fields, configure
 from data.stack.prepare import claim, digest_of, open_ledger
 from data.stack.sources import fault, list_files, parse_line, read_records
-from data.stdlib.prepare import find_tokenizer, open_tokenizer
-from files import read_json, write_json
+from data.stdlib.prepare import find_tokenizer, is_unchanged, open_tokenizer
+from files import write_json
 from tokenizer import LAYOUT
 
 
@@ -184,16 +184,6 @@ def fingerprint_of(cfg, files, tok):
     return hashlib.sha256(repr(depends_on).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def is_unchanged(out, fingerprint):
-    """Whether `out` holds all that a run with this fingerprint writes."""
-    try:
-        meta = read_json(out / "meta.json")
-    except Mistake:  # missing or damaged: everything is made again
-        return False
-    complete = all((out / name).is_file() for name in PRODUCTS)
-    return complete and meta.get("fingerprint") == fingerprint
-
-
 def check_free(out):
     """Raise Mistake for a folder that holds what another script prepared."""
     others = [path.name for path in sorted(out.glob("*.bin")) if path.name not in PRODUCTS]
@@ -229,7 +219,7 @@ def prepare(cfg):
     tok = find_model_tokenizer(cfg)
     files = find_files(cfg.source)
     fingerprint = fingerprint_of(cfg, files, tok)
-    if is_unchanged(cfg.out, fingerprint):
+    if is_unchanged(cfg.out, PRODUCTS, fingerprint):
         print(f"{cfg.out}: nothing to do, {len(files)} files unchanged")
         return
     cfg.out.mkdir(parents=True, exist_ok=True)

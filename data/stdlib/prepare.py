@@ -152,13 +152,16 @@ def check_free(out):
                       "--out")
 
 
-def is_unchanged(out, fingerprint):
-    """Whether `out` holds all that a run with this fingerprint writes."""
+def is_unchanged(out, products, fingerprint):
+    """Whether `out` holds all that a run with this fingerprint writes: meta.json and `products`.
+
+    Other prepare.py files ask it too. products: names of files.
+    """
     try:
         meta = read_json(out / "meta.json")
     except Mistake:  # missing or damaged: everything is made again
         return False
-    complete = all((out / name).is_file() for name in PRODUCTS)
+    complete = all((out / name).is_file() for name in products)
     return complete and meta.get("fingerprint") == fingerprint
 
 
@@ -175,7 +178,7 @@ def main(argv=None):
     tokenizer = (tok.json, tok.bos_id, tok.eos_id) if tok else (SPLIT, cfg.vocab_size)
     depends_on = (LAYOUT, files, cfg.suffix, cfg.val_percent, tokenizer)
     fingerprint = hashlib.sha256(repr(depends_on).encode()).hexdigest()
-    if is_unchanged(out, fingerprint):
+    if is_unchanged(out, PRODUCTS, fingerprint):
         print(f"{out}: nothing to do, {len(files)} files unchanged")
         return
 

@@ -1,0 +1,48 @@
+"""coupled-GRPO as DiffuCoder was aligned (arXiv 2506.20639, §5): a 7B learns from AceCode's tests.
+
+    torchrun --nproc_per_node=8 rl.py config/diffucoder_7b_rl.py
+
+From the released code (apple/ml-diffucoder, recipes/config_coupled_code.yaml): ten answers to a
+question at temperature 1.0 and top-p 0.95, by entropy, one token per forward of a canvas of 256;
+one all-masked pass and one complementary pair with t from 0.2 to 0.8; clip 0.5, beta 0.01, the
+reference renewed every 64 steps, two updates per rollout; AdamW with betas 0.9 and 0.99, weight
+decay 0.1, gradients clipped at 0.2, a cosine from 1e-6 to a tenth. Eight GPUs with five answers
+each, accumulated twice, are eight questions per step. One epoch of 21 thousand tasks.
+
+The release weighs the passes of a pair by 1/t and 1/(1 - t): --pair_weights=released. The default,
+one, gives an average of log-probabilities (estimators.py: coupled).
+
+Data: `python -m data.acecode.prepare`.
+"""
+out = "out/diffucoder_7b_rl"
+init_from = "apple/DiffuCoder-7B-Instruct"
+tasks = "data/acecode/tasks.jsonl"
+style = "instruct"
+
+prompts = 8
+completions = 10
+max_new_tokens = 256
+temperature = 1.0
+top_p = 0.95
+confidence = "entropy"
+decode_batch = 10
+
+estimator = "coupled"
+pairs = 1
+t_low, t_high = 0.2, 0.8
+updates = 2
+epsilon = 0.5
+beta = 0.01
+reference_every = 64
+passed_weight, format_weight = 2.0, 0.5
+
+max_steps = 5200  # 21 thousand tasks, eight per rollout, two updates each
+micro_batch = 5
+lr = 1e-6
+min_lr = 1e-7
+beta1, beta2 = 0.9, 0.99
+weight_decay = 0.1
+grad_clip = 0.2
+recompute = "full"
+save_every = 200
+keep = 1

@@ -1,0 +1,488 @@
+"""Reinforcement learning from tests that pass: coupled-GRPO (DiffuCoder §5) and its rivals.
+
+    python rl.py config/toy_rl.py
+    torchrun --nproc_per_node=8 rl.py config/diffucoder_7b_rl.py --tasks=acecode.jsonl
+
+A rollout is `completions` answers to each of `prompts` tasks. The sandbox runs them while the model
+writes the next ones; an answer's advantage is its reward minus the mean of the other answers' to
+the same task. Then come `updates` optimizer steps: each estimates the log-probability of every
+answer (estimators.py), and moves it by its advantage as far as the clip allows (`clipped_loss`).
+
+    OUT/samples.jsonl    every answer with its reward
+    OUT/samples.html     the newest rollout, to read
+    OUT/metrics.jsonl    a line per step
+
+A run that is killed at any moment resumes to the same numbers: a checkpoint holds the reference
+model and a rollout that is half used.
+
+Not covered: other orders of magnitude than one node's of tasks, whose list every process holds;
+rewards (rewards.py); LoRA.
+"""
+if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints no traceback
+    from configurator import begin
+    begin()
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import files
+import huggingface
+import parallel
+import plan
+import rollout
+from configurator import Float, Int, Mistake, Name, Seed, configure
+from decode import Confidence, Decoding, settled
+from diffusion import Recipe
+from estimators import Estimate, check_estimate, log_probs, passes_of
+from evaluate import Judging, open_sandbox, prompt_ids, refuse_failing, tasks_of
+from extract import extract
+from model import Transformer, pick_device
+from optimizers import make_optimizer
+from report import samples_page
+from rewards import Rewarding, Rewards
+from run import Run, pick_machine
+from tasks import program, read_tasks
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Config(Judging, Estimate, Rewarding):
+    # the run
+    out: Name = "out/toy_rl"  # folder of the run
+    init_from: Name = "out/toy_sft"  # folder or Hub name of the policy to begin with
+    resume: bool = False  # go on from out's newest checkpoint; if there is none, begin
+    seed: Seed = 1337  # of the tasks' order, the sampling and the masks
+    style: Literal["base", "instruct"] = "base"  # continue the prompt, or answer a chat message
+    answer_prefix: str = ""  # (instruct) how the answer begins, such as "```python\n"
+    check_references: bool = True  # refuse tasks whose reference fails their tests
+    mask_token: str = ""  # name of the mask, where the folder does not say
+    # rollouts
+    prompts: Int(1, 2**20) = 8  # tasks of a rollout, over all processes
+    completions: Int(1, 2**16) = 10  # G, answers to each; the advantage compares them: 2 at least
+    max_new_tokens: Int(1, 2**20) = 256  # longest answer, in tokens
+    temperature: Float(1e-3, 100) = 1.0  # of the sampling, and of the log-probabilities
+    top_p: Float(1e-6, 1) = 1.0  # sample from the likeliest tokens that together have this much
+    confidence: Confidence = "entropy"  # by what the positions are ranked: the surest come first
+    steps: Int(0, 2**20) = 0  # forwards per decoding block, at most its length; 0: one per token
+    block_length: Int(0, 2**20) = 0  # tokens decoded together; 0: K, without blocks all of them
+    verified: bool = False  # (block) left to right, several tokens per forward: draft.py
+    decode_batch: Int(1, 2**16) = 64  # answers that a process writes at once
+    # the loss
+    updates: Int(1, 1024) = 2  # optimizer steps per rollout, each with masks of its own
+    epsilon: Float(1e-6, 0.999) = 0.5  # clip: ratios to 1 - ε … 1 + ε
+    beta: Float(0, 1e3) = 0.01  # weight of the KL to the reference; 0: there is no reference
+    reference_every: Int(1, 2**31) = 64  # steps after which the reference is the policy again
+    # optimizer
+    max_steps: Int(1, 2**31) = 100  # optimizer steps
+    micro_batch: Int(1, 2**20) = 32  # answers per forward and pass of a process; more accumulate
+    lr: Float(1e-30, 1e6) = 1e-6  # peak learning rate
+    min_lr: Float(0, 1e6) = 1e-7  # learning rate at the end
+    lr_warmup_steps: Int(0, 2**31) = 0  # steps of linear rise to lr
+    lr_decay: Literal["cosine", "linear"] = "cosine"  # how it falls from lr to min_lr
+    optimizer: Literal["adamw", "adafactor", "muon"] = "adamw"  # see optimizers.make_optimizer
+    weight_decay: Float(0, 1e3) = 0.1  # on matrices only
+    beta1: Float(0, 0.999999) = 0.9  # AdamW
+    beta2: Float(0, 0.999999) = 0.99  # AdamW
+    grad_clip: Float(1e-9, 1e9) = 0.2  # largest norm of the gradient
+    # evaluation and saving
+    val_tasks: str = ""  # file of tasks for greedy pass@1; empty: no evaluation
+    eval_every: Int(0, 2**31) = 20  # steps between evaluations, and one at the end; 0: never
+    save_every: Int(1, 2**31) = 20  # steps between checkpoints, and one at the end
+    keep: Int(1, 2**31) = 2  # newest checkpoints kept
+    log: Literal["none", "tensorboard", "wandb"] = "none"  # metrics go there too
+    # machine
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first that is available
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: what is fast
+    threads: Int(0, 4096) = 0  # CPU threads of a process; 0: all cores, or what torchrun gives
+    compile: bool = False  # torch.compile of each block
+    recompute: Literal["none", "selective", "full"] = "none"  # activations, to save memory
+    shard_ranks: Int(0, 2**20) = 0  # processes that share a copy of the weights; 0: all; else HSDP
+    reshard: bool = True  # free a block's gathered weights after its forward; False: keep them
+    reduce_each: bool = False  # exchange gradients per micro-batch: less memory, more traffic
+
+
+# on resume: settings that must not change, and settings that may change silently
+FIXED = ("seed", "style", "prompts", "completions", "max_new_tokens", "temperature", "top_p",
+         "confidence", "steps", "block_length", "verified", "updates", "reference_every",
+         "estimator", "pairs", "pair_weights", "t_low", "t_high")
+FREE = ("init_from", "resume", "out", "tasks", "val_tasks", "threads", "dtype", "device", "workers")
+
+
+def check(cfg):
+    """Settings that cannot go together, found before anything is loaded."""
+    if cfg.completions < 2:
+        raise Mistake("completions=1 leaves nothing to compare an answer with: its advantage is "
+                      "its reward minus the mean of the others'; give --completions=2 or more")
+    if cfg.reference_every % cfg.updates:
+        raise Mistake(f"reference_every={cfg.reference_every} must be a multiple of updates="
+                      f"{cfg.updates}: the reference changes between rollouts")
+    if cfg.min_lr > cfg.lr:
+        raise Mistake(f"min_lr={cfg.min_lr:g} is above lr={cfg.lr:g}, so the learning rate would "
+                      f"rise at the end; give --min_lr={cfg.lr / 10:g} or another below lr")
+
+
+def how_to_write(cfg, world):
+    """The Decoding of a rollout."""
+    names = ("temperature", "top_p", "confidence", "steps", "block_length", "verified", "seed")
+    graphs = world.mesh is None  # FSDP's hooks do not belong into a recording
+    return Decoding(graphs=graphs, **{name: getattr(cfg, name) for name in names})
+
+
+# --- the loss ------------------------------------------------------------------------------------
+
+def advantages(rewards):
+    """Each reward minus the mean of the others' of its group (leave-one-out, DiffuCoder §5).
+
+    rewards: (N, G) float64, G >= 2. Returns (N, G); not divided by the standard deviation.
+    """
+    G = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdim=True)) * (G / (G - 1))
+
+
+def clipped_loss(new, old, reference, scored, advantage, cfg):
+    """The sum of the loss over what counts, of its KL, and how many are clipped.
+
+    new, old, reference: (B, T) log-probabilities of the tokens under the policy, the policy that
+    wrote them, and the reference (None where beta is 0). scored: (B, T) bool. advantage: (B,).
+    A token's loss is -min(ratio · A, clip(ratio, 1 - ε, 1 + ε) · A) + β · k3, with ratio = new/old
+    and the estimate k3 = q - 1 - log q of the KL, q = reference/new (DiffuCoder Eq. 4; Schulman).
+    Under `sequence` a row counts once: ratio = exp(mean over its tokens of new - old), and the KL
+    is half the square of the mean difference (k2), as in ESPO.
+    Returns three scalars, sums over tokens, or under `sequence` over rows.
+    """
+    change = new - old  # (B, T)
+    drift = torch.zeros_like(new) if reference is None else reference - new
+    counted, advantage = scored, advantage[:, None].expand_as(new)
+    if cfg.estimator == "sequence":
+        length = scored.sum(1, keepdim=True).clamp(min=1)
+        change, drift = ((x * scored).sum(1, keepdim=True) / length for x in (change, drift))
+        counted, advantage = scored.any(1, keepdim=True), advantage[:, :1]
+    change, drift, advantage = change[counted], drift[counted], advantage[counted]  # (N,) each
+    ratio = change.exp()
+    inside = ratio.clamp(1 - cfg.epsilon, 1 + cfg.epsilon)
+    gain = torch.minimum(ratio * advantage, inside * advantage)
+    kl = drift.exp() - 1 - drift
+    if cfg.estimator == "sequence":
+        kl = drift.square() / 2
+    loss = (cfg.beta * kl - gain).sum()
+    clipped = inside * advantage < ratio * advantage
+    return loss, kl.detach().sum(), clipped.sum()
+
+
+# --- a rollout -----------------------------------------------------------------------------------
+
+@dataclass
+class Policy:
+    """The model that learns, and what it takes to run it."""
+    model: Transformer
+    tok: Tokenizer
+    recipe: Recipe
+    world: parallel.World
+    autocast: partial  # makes a context to run the model in
+    banned: torch.Tensor  # (n,) int64, ids that decoding never chooses
+
+
+def roll_out(number, policy, cfg, tasks, prompts, rewards):
+    """Answers to the tasks of rollout `number` and their rewards, of all processes: a Rollout, and
+    the seconds of this process's decoding.
+
+    tasks: of all rollouts. prompts: of each task its ids and how many tokens it may be answered in.
+    """
+    world, block = policy.world, policy.recipe.causal_block
+    chosen = rollout.chosen_tasks(cfg.seed, number, cfg.prompts, len(tasks))
+    rows = rollout.rows_of(number, chosen, cfg.completions, prompts, block)
+    mine = rows[world.rank * len(rows) // world.size:(world.rank + 1) * len(rows) // world.size]
+    began = time.time()
+    with parallel.weights_kept(policy.model, world, cfg.reshard):
+        for batch in rollout.write_completions(policy.model, policy.tok, policy.recipe,
+                                               how_to_write(cfg, world), mine, cfg.decode_batch):
+            for row in batch:  # the sandbox runs these while the model writes the next
+                text = cfg.answer_prefix + rollout.text_of(row, policy.tok)
+                rewards.submit(row.number, tasks[row.task], text)
+    seconds = time.time() - began
+    found = rewards.collect(wait=True)
+    made = rollout.Rollout(number, rows=world.gather(mine),
+                           rewards=world.gather([found[row.number] for row in mine]))
+    totals = torch.tensor([reward.total for reward in made.rewards], dtype=torch.float64)
+    totals = totals.view(cfg.prompts, cfg.completions)
+    differ = totals.amax(1) > totals.amin(1)  # (prompts,)
+    made.learned = differ.repeat_interleave(cfg.completions).nonzero()[:, 0].tolist()
+    made.advantage = advantages(totals)[differ].flatten().tolist()
+    return made, seconds
+
+
+def my_share(learned, world):
+    """Which of the learned rows this process computes, a list of their places; None fills it up.
+
+    With FSDP all processes make the same number of forwards.
+    """
+    each = math.ceil(len(learned) / world.size)
+    places = range(world.rank * each, (world.rank + 1) * each)
+    return [place if place < len(learned) else None for place in places]
+
+
+def my_rows(made, share):
+    """The Rows at these places."""
+    return [made.rows[0].idle() if place is None else made.rows[made.learned[place]]
+            for place in share]
+
+
+def passes_over(rows, step, policy, cfg):
+    """Completions of these rows, and their passes with the masks of this update."""
+    batch = rollout.stacked(rows, policy.recipe.causal_block, policy.tok.stop_ids,
+                            policy.world.device)
+    return batch, passes_of(cfg, batch, policy.recipe, cfg.seed, step)
+
+
+def remember(made, net, into, first_step, policy, cfg):
+    """Append to `into`, for each update of a rollout, log_probs of its learned rows under `net`."""
+    share = my_share(made.learned, policy.world)
+    rows = my_rows(made, share)
+    for step in range(first_step, first_step + cfg.updates):
+        values = []
+        for start in range(0, len(rows), cfg.micro_batch):
+            batch, passes = passes_over(rows[start:start + cfg.micro_batch], step, policy, cfg)
+            with torch.no_grad(), policy.autocast():
+                logp = log_probs(net, batch, passes, policy.recipe, cfg.temperature, policy.banned)
+            lengths = batch.doc_end[:, 0].tolist()
+            values += [of_row[:length] for of_row, length in zip(logp.tolist(), lengths)]
+        values = [of_row for of_row, place in zip(values, share) if place is not None]
+        into.append(policy.world.gather(values))
+    parallel.free_gathered(net, policy.world)
+
+
+def padded(values, places, like):
+    """Lists of numbers at these places, 0 where None, as a tensor shaped like `like`, (B, T)."""
+    tensor = torch.zeros(like.shape)
+    for i, place in enumerate(places):
+        if place is not None:
+            tensor[i, :len(values[place])] = torch.tensor(values[place])
+    return tensor.to(like.device)
+
+
+def read_by(passes):
+    """(B, T) bool: the tokens that some pass reads."""
+    return torch.stack([one.weight for one in passes]).ne(0).any(0)
+
+
+def counted(row, policy, cfg):
+    """What a row adds to the number that the loss is divided by: its tokens, its decisions under
+    `trace`, and 1 under `sequence`."""
+    if cfg.estimator == "sequence":
+        return 1
+    if cfg.estimator == "trace":
+        return len(row.order(1))
+    return row.end(policy.tok.stop_ids) - row.prompt
+
+
+# --- the loop ------------------------------------------------------------------------------------
+
+def greedy(policy, cfg, tasks, prompts, sandbox):
+    """pass@1 of the likeliest answers, a float. The tasks are spread over the processes."""
+    world = policy.world
+    rows = rollout.rows_of(0, list(range(len(tasks))), 1, prompts, policy.recipe.causal_block)
+    mine, passed = rows[world.rank::world.size], 0
+    how = Decoding(graphs=world.mesh is None)
+    with parallel.weights_kept(policy.model, world, cfg.reshard):
+        programs = []
+        for batch in rollout.write_completions(policy.model, policy.tok, policy.recipe, how, mine,
+                                               cfg.decode_batch):
+            for row in batch:
+                text = cfg.answer_prefix + rollout.text_of(row, policy.tok)
+                code, _ = extract(tasks[row.task], text)
+                programs.append(sandbox.submit(program(tasks[row.task], code)))
+    passed = sum(future.result().status == "passed" for future in programs)
+    [passed] = world.sum(passed)
+    return passed / len(tasks)
+
+
+def check_decoding(cfg, policy, prompts):
+    """Raises Mistake for decoding settings that do not fit the model or its prompts."""
+    texts = [[*ids, *[None] * room] for ids, room in prompts]
+    settled(how_to_write(cfg, policy.world), policy.recipe, texts, policy.model.cfg)
+
+
+def make_policy(cfg, folder, world, dtype):
+    """The Policy of a folder, with its weights."""
+    model_cfg, tok, recipe = huggingface.read_description(folder, cfg.mask_token)
+    check_estimate(cfg, recipe)
+    plan.check_memory(model_cfg, cfg.optimizer, world.device.type)
+    model = parallel.build(model_cfg, world, dtype, cfg)
+    huggingface.load_weights(folder, model, parallel.my_rows)
+    never = [i for i in range(model_cfg.vocab_size)
+             if i >= tok.vocab_size or i in tok.never_chosen]
+    return Policy(model, tok, recipe, world, partial(parallel.autocast, world, dtype),
+                  torch.tensor(never, dtype=torch.long, device=world.device))
+
+
+@torch.no_grad()
+def copy_weights(model, into):
+    """Give another model of the same shape, and sharded alike, this one's weights."""
+    for mine, theirs in zip(into.parameters(), model.parameters()):
+        mine.copy_(theirs)
+
+
+def save_beside(folder, policy, reference, made, in_use):
+    """What a checkpoint of this run has in addition: the reference, and a rollout in use."""
+    world = policy.world
+    if reference is not None:
+        if world.rank == 0:
+            (folder / "reference").mkdir()
+        parallel.wait_for_all()
+        huggingface.write_model(folder / "reference", reference, policy.tok, policy.recipe,
+                                torch.float32, world.rank, world.size, parallel.gathered)
+    if world.rank == 0 and in_use:
+        made.write(folder / "rollout.json")
+
+
+def keep_samples(folder, made, step, tasks, tok):
+    """Append a rollout to samples.jsonl, and show it in samples.html."""
+    lines = rollout.lines_of(made, step, tasks, tok)
+    with open(folder / "samples.jsonl", "a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(line) + "\n" for line in lines))
+    files.write_text(folder / "samples.html", samples_page(lines, [tasks[row.task]
+                                                                   for row in made.rows]))
+
+
+def evaluate(step, score, run):
+    """Greedy pass@1 of the val_tasks, shown and logged."""
+    began = time.time()
+    passed = score()
+    run.log({"step": step, "val_pass@1": passed, "seconds": time.time() - began})
+    if run.world.rank == 0:
+        tqdm.write(f"step {step}: greedy pass@1 {passed:.1%}")
+
+
+def digest(cfg):
+    """{name: fingerprint} of what the run learns from."""
+    return {"tasks": hashlib.sha256(Path(cfg.tasks).read_bytes()).hexdigest()}
+
+
+def train(cfg, world, run, sandbox, tasks, val_tasks):
+    """Set up, then one optimizer step after another. Returns the exit code."""
+    fingerprint = world.first(partial(digest, cfg))
+    run.check_resumed(cfg, FIXED, FREE, fingerprint)
+    machine = pick_machine(cfg, world, run.saved)
+    dtype = getattr(torch, machine["dtype"])
+    folder = run.checkpoint or huggingface.find(cfg.init_from)
+    policy = make_policy(cfg, folder, world, dtype)
+    model, tok = policy.model, policy.tok
+    model_cfg = model.cfg
+    loaded = model, tok, policy.recipe
+    prompts = [prompt_ids(task, loaded, cfg) for task in tasks]
+    val_prompts = [prompt_ids(task, loaded, cfg) for task in val_tasks]
+    check_decoding(cfg, policy, prompts + val_prompts)
+    optimizer = make_optimizer(model, cfg)
+    reference, made = None, None
+    if cfg.beta:
+        reference = parallel.build(model_cfg, world, dtype, cfg).requires_grad_(False)
+        copy_weights(model, reference)
+    if run.checkpoint is not None:
+        checkpoint.load_state(run.checkpoint, model, optimizer)
+        state = run.checkpoint / "state"
+        if reference is not None:
+            huggingface.load_weights(state / "reference", reference, parallel.my_rows)
+        if run.start % cfg.updates:
+            made = rollout.Rollout.read(state / "rollout.json")
+    if run.start >= cfg.max_steps:
+        world.say(f"{cfg.out}: its {run.start} steps are done; a --max_steps above that trains on")
+        return 0
+
+    run.begin(cfg)
+    rewards = Rewards(sandbox, cfg, run.folder, cfg.style)
+    score = partial(greedy, policy, cfg, val_tasks, val_prompts, sandbox)
+    with tqdm(total=cfg.max_steps, initial=run.start, unit="step", mininterval=0.5,
+              dynamic_ncols=True, disable=world.rank > 0) as bar:
+        for step in range(run.start, cfg.max_steps):
+            if val_tasks and cfg.eval_every and step % cfg.eval_every == 0:
+                evaluate(step, score, run)
+            began = time.time()
+            update = step % cfg.updates
+            if update == 0:  # a new rollout
+                if reference is not None and step % cfg.reference_every == 0:
+                    copy_weights(model, reference)
+                made, seconds = roll_out(step // cfg.updates, policy, cfg, tasks, prompts, rewards)
+                remember(made, model, made.old, step, policy, cfg)
+                if reference is not None:
+                    remember(made, reference, made.reference, step, policy, cfg)
+                figures = rollout.figures(made, tok, policy.recipe.causal_block)
+                run.log({"step": step, **figures, "rollout_seconds": time.time() - began,
+                         "rollout_tokens_per_s": figures["length"] * len(made.rows) / seconds})
+                world.first(partial(keep_samples, run.folder, made, step, tasks, tok))
+
+            # the update, over all answers of the rollout from which there is something to learn
+            learning = time.time()
+            share = my_share(made.learned, world)
+            rows = my_rows(made, share)
+            total = sum(counted(made.rows[i], policy, cfg) for i in made.learned)
+            sums = torch.zeros(3)
+            for start, end in parallel.micro_batches(model, world, len(rows), cfg):
+                places = share[start:end]
+                batch, passes = passes_over(rows[start:end], step, policy, cfg)
+                advantage = padded([[a] for a in made.advantage], places, batch.tokens[:, :1])
+                with policy.autocast():
+                    new = log_probs(model, batch, passes, policy.recipe, cfg.temperature,
+                                    policy.banned)
+                    old = padded(made.old[update], places, new)
+                    against = None
+                    if reference is not None:
+                        against = padded(made.reference[update], places, new)
+                    loss, kl, clipped = clipped_loss(new, old, against, read_by(passes),
+                                                     advantage[:, 0], cfg)
+                (loss / total * world.size).backward()  # FSDP averages over processes
+                sums += torch.stack([loss.detach(), kl, clipped]).cpu()
+            loss, kl, clipped, stop = world.sum(*(sums / max(1, total)), bool(run.stop_signals))
+            lr, grad_norm = parallel.learning_rate(step, cfg), None
+            if rows:
+                grad_norm = parallel.update(model, optimizer, step, loss, lr, cfg.grad_clip)
+
+            run.log({"step": step, "loss": loss, "kl": kl, "clip_fraction": clipped, "lr": lr,
+                     "grad_norm": grad_norm, "tokens": total, "seconds": time.time() - began,
+                     "update_seconds": time.time() - learning})
+            bar.update()
+            solved = rollout.mean(reward.status == "passed" for reward in made.rewards)
+            bar.set_postfix_str(f"solved {solved:.1%}, KL {kl:.3f}", refresh=False)
+
+            done = step + 1 == cfg.max_steps
+            if done and val_tasks and cfg.eval_every:
+                evaluate(cfg.max_steps, score, run)
+            if done or stop or (step + 1) % cfg.save_every == 0:
+                beside = partial(save_beside, policy=policy, reference=reference, made=made,
+                                 in_use=(step + 1) % cfg.updates > 0)
+                run.save(step + 1, model, optimizer, tok, policy.recipe, cfg, machine, fingerprint,
+                         beside)
+            if stop:
+                world.say(f"stopped after step {step + 1}; the same command with --resume=true "
+                          "continues")
+                return run.exit_code()
+    return 0
+
+
+def main(argv=None):
+    cfg, _ = configure(Config, argv)
+    check(cfg)
+    tasks = tasks_of(cfg)
+    val_tasks = read_tasks(cfg.val_tasks, cfg.shown_tests) if cfg.val_tasks else []
+    world = parallel.start(pick_device(cfg.device), cfg.shard_ranks)
+    with open_sandbox(cfg, world.size) as sandbox:  # before the model: it forks
+        if cfg.check_references:
+            world.first(lambda: refuse_failing(tasks + val_tasks, sandbox))
+        with Run(cfg.out, cfg.resume, world) as run:
+            code = train(cfg, world, run, sandbox, tasks, val_tasks)
+    world.leave()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

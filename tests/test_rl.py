@@ -1,0 +1,388 @@
+"""rl.py: its loss against the equations written once more in float64, its rollouts, a run that is
+stopped, resumed and split among processes, and what it refuses.
+
+The model of these runs writes x and y at random; its reward is the share of x, from a file as users
+write it.
+"""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive_decoder import EOS, MASK, Tok, random_model
+from reference import write_tiny_run
+from safetensors.torch import load_file
+
+import rl
+import rollout
+from configurator import Mistake
+from decode import Decoding
+from diffusion import Recipe
+from estimators import GIVEN, NEVER, Estimate, log_probs, passes_of
+from huggingface import load, write_model
+
+WALL_CLOCK = {"seconds", "rollout_seconds", "update_seconds", "rollout_tokens_per_s"}
+TINY = ["--prompts=2", "--completions=4", "--max_new_tokens=16", "--decode_batch=8", "--updates=2",
+        "--reference_every=4", "--max_steps=6", "--save_every=3", "--micro_batch=3", "--lr=0.02",
+        "--min_lr=0.02", "--grad_clip=10", "--beta=0.1", "--passed_weight=0", "--format_weight=0",
+        "--threads=1", "--dtype=float32", "--device=cpu", "--check_references=false"]
+
+
+@pytest.fixture(autouse=True)
+def handlers_restored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, data_folder):
+    """A policy, tasks, and a reward of the user's."""
+    folder = tmp_path_factory.mktemp("rl")
+    model, tok, recipe = load(write_tiny_run(folder / "tiny", data_folder))
+    torch.manual_seed(1)
+    for p in model.parameters():  # a gradient that is 0 but for rounding would move it by ± lr
+        p.data += 0.1 * torch.randn(p.shape)
+    (folder / "policy").mkdir()
+    write_model(folder / "policy", model, tok, recipe)
+    tasks = [{"task_id": f"t/{i}", "prompt": f"def f{i}(n):\n", "entry_point": f"f{i}",
+              "canonical_solution": "    return n\n", "test": "",
+              "test_list": [f"assert f{i}({n}) == {n}" for n in range(3)]} for i in range(5)]
+    (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    (folder / "share_of_x.py").write_text(
+        "def reward(task, completion, verdict):\n"
+        "    return completion.count('x') / max(1, len(completion))\n")
+    return folder
+
+
+def settings_of(folder, out, *more):
+    return [*TINY, f"--init_from={folder / 'policy'}", f"--tasks={folder / 'tasks.jsonl'}",
+            f"--reward={folder / 'share_of_x.py'}", f"--out={out}", *map(str, more)]
+
+
+def metrics(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
+
+
+def weights(out):
+    return load_file(out / (out / "latest").read_text() / "model.safetensors")
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+def straight(new, old, reference, scored, rewards, cfg):
+    """The loss of a batch by the equations, row by row and token by token, in Python's floats.
+
+    rewards: (groups, G). Rows whose group has equal rewards are in neither sum nor count.
+    """
+    total, count = 0.0, 0
+    G = len(rewards[0])
+    for b in range(len(new)):
+        group = rewards[b // G]
+        if max(group) == min(group):
+            continue
+        others = [r for g, r in enumerate(group) if g != b % G]
+        A = group[b % G] - sum(others) / (G - 1)
+        tokens = [i for i in range(len(new[b])) if scored[b][i]]
+        if cfg.estimator == "sequence":
+            if not tokens:
+                continue
+            change = sum(new[b][i] - old[b][i] for i in tokens) / len(tokens)
+            drift = sum(reference[b][i] - new[b][i] for i in tokens) / len(tokens)
+            terms = [(change, drift)]
+        else:
+            terms = [(new[b][i] - old[b][i], reference[b][i] - new[b][i]) for i in tokens]
+        for change, drift in terms:
+            ratio = math.exp(change)
+            low = min(max(ratio, 1 - cfg.epsilon), 1 + cfg.epsilon)
+            kl = math.exp(drift) - 1 - drift
+            if cfg.estimator == "sequence":
+                kl = drift**2 / 2
+            total += cfg.beta * kl - min(ratio * A, low * A)
+            count += 1
+    return total / max(1, count)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(2, 4),
+       st.sampled_from([1e-6, 0.2, 0.5, 0.999]), st.sampled_from([0.0, 0.01, 10.0]),
+       st.sampled_from(["coupled", "sequence"]))
+def test_loss_and_gradient_equal_the_equations(seed, groups, G, epsilon, beta, estimator):
+    """To 1e-8, the gradient by central differences of the equations to 1e-5."""
+    random = torch.Generator().manual_seed(seed)
+    B, T = groups * G, 5
+    draw = torch.rand(3, B, T, generator=random, dtype=torch.float64)
+    new, old, reference = -3 * draw
+    scored = torch.rand(B, T, generator=random) < 0.6
+    scored[0] = False  # an empty completion
+    rewards = torch.randint(0, 3, (groups, G), generator=random).double()
+    rewards[-1] = rewards[-1, 0]  # a group without a difference
+    cfg = rl.Config(epsilon=epsilon, beta=beta, estimator=estimator)
+    differ = (rewards.amax(1) > rewards.amin(1)).repeat_interleave(G)
+    new.requires_grad_(True)
+    loss, _, _ = rl.clipped_loss(new[differ], old[differ], reference[differ] if beta else None,
+                                 scored[differ], rl.advantages(rewards).flatten()[differ], cfg)
+    count = scored[differ].any(1).sum() if estimator == "sequence" else scored[differ].sum()
+    loss = loss / max(1, int(count))
+    args = old.tolist(), reference.tolist(), scored.tolist(), rewards.tolist(), cfg
+    assert loss.item() == pytest.approx(straight(new.tolist(), *args), abs=1e-8)
+    loss.backward()
+    b, i = int(torch.randint(B, (), generator=random)), int(torch.randint(T, (), generator=random))
+    ratio = (new[b, i] - old[b, i]).exp().item()
+    if min(abs(ratio - 1 - epsilon), abs(ratio - 1 + epsilon)) < 1e-3:
+        return  # at the clip's corner there is no derivative
+    shifted = []
+    for h in (1e-5, -1e-5):
+        moved = new.detach().clone()
+        moved[b, i] += h
+        shifted.append(straight(moved.tolist(), *args))
+    slope = (shifted[0] - shifted[1]) / 2e-5
+    assert new.grad[b, i].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
+def test_at_the_rollouts_policy_the_gradient_is_the_policy_gradient():
+    """ratio = 1: the gradient of a token is -advantage, clipped or not."""
+    new = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64)
+    loss, kl, clipped = rl.clipped_loss(new, new.detach(), new.detach(),
+                                        torch.ones(4, 3, dtype=torch.bool), advantage, rl.Config())
+    loss.backward()
+    torch.testing.assert_close(new.grad, -advantage[:, None].expand(4, 3))
+    assert kl == 0 and clipped == 0
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_an_advantage_leaves_its_own_reward_out(groups):
+    made = rl.advantages(torch.tensor(groups, dtype=torch.float64))
+    for group, row in zip(groups, made.tolist()):
+        for g, value in enumerate(row):
+            others = group[:g] + group[g + 1:]
+            assert value == pytest.approx(group[g] - sum(others) / 2, abs=1e-12)
+
+
+# --- rollouts -------------------------------------------------------------------------------------
+
+@given(st.integers(0, 2**63 - 1), st.integers(1, 7), st.integers(1, 9))
+@settings(deadline=None, max_examples=50)
+def test_every_epoch_of_rollouts_visits_every_task_once(seed, prompts, tasks):
+    chosen = [task for number in range(2 * tasks)
+              for task in rollout.chosen_tasks(seed, number, prompts, tasks)]
+    for epoch in range(len(chosen) // tasks):
+        assert sorted(chosen[epoch * tasks:(epoch + 1) * tasks]) == list(range(tasks))
+
+
+def written_rows(recipe, how, batch=3, count=5):
+    net = random_model(seed=4, scale=0.25)
+    prompts = [([0, 7, 8, 9, 10][:n], 17) for n in (1, 3, 5)]
+    rows = rollout.rows_of(2, [0, 1, 2], count, prompts, recipe.causal_block)
+    for _ in rollout.write_completions(net, Tok, recipe, how, rows, batch):
+        pass
+    return rows
+
+
+BLOCK = Recipe("block", False, 4, mask_id=MASK)
+TEXT = Recipe("bidirectional", True, mask_id=MASK)
+
+
+@pytest.mark.parametrize("recipe", [BLOCK, TEXT])
+@pytest.mark.parametrize("confidence", ["entropy", "left_to_right"])
+def test_a_row_depends_on_its_number_alone(recipe, confidence):
+    how = Decoding(confidence=confidence, temperature=1.0, seed=3)
+    alone, together = (written_rows(recipe, how, batch) for batch in (1, 15))
+    assert alone == together
+    assert len({tuple(map(str, row.ids)) for row in alone}) == 15
+
+
+@pytest.mark.parametrize("recipe", [BLOCK, TEXT])
+def test_what_was_written_when(recipe):
+    """Left to right: the n-th token of a noise block at step n. By entropy: each step once."""
+    block = recipe.causal_block or 10**6
+    for confidence in ("left_to_right", "entropy"):
+        for row in written_rows(recipe, Decoding(confidence=confidence, temperature=1.0)):
+            assert row.written[:row.prompt] == [GIVEN] * row.prompt
+            assert [i is None for i in row.ids] == [when == NEVER for when in row.written]
+            of_block = {}
+            for i, when in enumerate(row.written):
+                if GIVEN < when < NEVER:
+                    of_block.setdefault(i // block, []).append(when)
+            for steps in of_block.values():
+                assert sorted(steps) == list(range(len(steps)))
+                assert confidence == "entropy" or steps == sorted(steps)
+
+
+def test_verified_rollouts_are_left_to_right_ones():
+    one = written_rows(BLOCK, Decoding(confidence="left_to_right", temperature=1.0))
+    fast = written_rows(BLOCK, Decoding(verified=True, temperature=1.0))
+    assert [(row.ids, row.written) for row in fast] == [(row.ids, row.written) for row in one]
+    assert sum(row.forwards for row in fast) < sum(row.forwards for row in one)
+
+
+@pytest.mark.parametrize("recipe", [BLOCK, TEXT])
+def test_stacked_rows_are_what_the_estimators_read(recipe):
+    rows = written_rows(recipe, Decoding(confidence="entropy", temperature=1.0))
+    made = rollout.stacked(rows, recipe.causal_block, Tok.stop_ids, "cpu")
+    for b, row in enumerate(rows):
+        end, length = row.end(Tok.stop_ids), int(made.doc_end[b, 0])
+        assert made.scored[b].nonzero()[:, 0].tolist() == list(range(row.prompt, end))
+        assert all(i not in Tok.stop_ids for i in row.ids[row.prompt:end - 1])
+        assert length == (len(row.ids) if recipe is TEXT else -(-end // 4) * 4)
+        assert made.doc_end[b].tolist() == [length] * length + [0] * (made.tokens.shape[1] - length)
+        assert made.written[b, :length].tolist() == row.written[:length]
+    net = random_model(seed=4, scale=0.25)
+    passes = passes_of(Estimate("trace"), made, recipe, 0, 0)
+    together = log_probs(net, made, passes, recipe, 1.0, torch.tensor([MASK]))
+    for b in (0, 7):  # padding changes nothing
+        alone = rollout.stacked([rows[b]], recipe.causal_block, Tok.stop_ids, "cpu")
+        passes = passes_of(Estimate("trace"), alone, recipe, 0, 0)
+        single = log_probs(net, alone, passes, recipe, 1.0, torch.tensor([MASK]))
+        torch.testing.assert_close(together[b, :single.shape[1]], single[0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_idle_row_has_nothing_to_learn_from():
+    row = rollout.Row(3, 0, [7, 8, EOS, None], [GIVEN, 0, 1, NEVER], 1)
+    made = rollout.stacked([row.idle()], 4, {EOS}, "cpu")
+    assert not made.scored.any() and not made.completion.any()
+    assert row.end({EOS}) == 3 and row.order(4) == [1, 2]
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+ESTIMATORS = ["coupled", "masked", "independent", "sequence", "trace"]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_policy_learns_what_is_rewarded(folder, tmp_path, estimator):
+    """The share of x, 50 % at first, is above 80 % after twenty rollouts of 32 answers: without
+    learning that is 14 standard deviations away."""
+    rl.main(settings_of(folder, tmp_path / "run", f"--estimator={estimator}", "--max_steps=20",
+                        "--updates=1", "--completions=16", "--micro_batch=32", "--decode_batch=32",
+                        "--beta=0", "--lr=0.05", "--min_lr=0.01", "--save_every=99"))
+    rewards = [line["reward"] for line in metrics(tmp_path / "run") if "reward" in line]
+    assert rewards[0] < 0.3 and rewards[-1] > 0.8
+
+
+def test_a_run_that_is_stopped_and_resumed_gives_the_same_bits(folder, tmp_path):
+    """Also in the middle of a rollout: three steps are one and a half."""
+    rl.main(settings_of(folder, tmp_path / "whole"))
+    rl.main(settings_of(folder, tmp_path / "parts", "--max_steps=3"))
+    assert (tmp_path / "parts" / "step_0000003" / "state" / "rollout.json").is_file()
+    rl.main(settings_of(folder, tmp_path / "parts", "--resume=true"))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    whole = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "parts").items():
+        assert torch.equal(tensor, whole[name]), name
+    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("whole", "parts")]
+    assert samples[0] == samples[1] and samples[0].count("\n") == 3 * 8
+
+
+def test_a_run_killed_anywhere_and_resumed_gives_the_same_bits(folder, tmp_path):
+    rl.main(settings_of(folder, tmp_path / "whole"))
+    command = [sys.executable, "rl.py", *settings_of(folder, tmp_path / "killed")]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    file = tmp_path / "killed" / "metrics.jsonl"
+    while run.poll() is None and not (file.exists() and file.read_text().count("\n") >= 7):
+        pass
+    run.kill()
+    assert run.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    rl.main(settings_of(folder, tmp_path / "killed", "--resume=true"))
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("whole", "killed")]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize("estimator", ["coupled", *(pytest.param(name, marks=pytest.mark.slow)
+                                                    for name in ("sequence", "trace"))])
+def test_two_processes_give_what_one_gives(folder, tmp_path, estimator):
+    """To 1e-5, in float32. Eight rows a rollout in micro-batches of three: shares are uneven."""
+    more = [f"--estimator={estimator}", "--lr=0.001", "--min_lr=0.001"]
+    rl.main(settings_of(folder, tmp_path / "one", *more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "rl.py", *settings_of(folder, tmp_path / "two", *more)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("one", "two")]
+    assert samples[0] == samples[1]
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert b == pytest.approx(a, abs=1e-5, nan_ok=True)
+    one, two = (weights(tmp_path / run) for run in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_groups_without_a_difference_are_left_out(folder, tmp_path):
+    """The published reward, which no answer of this model gets: nothing is learned, and said."""
+    rl.main(settings_of(folder, tmp_path / "run", "--passed_weight=2", "--format_weight=0.5",
+                        "--reward=", "--max_steps=2"))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["learned"] == 0 and lines[1]["grad_norm"] is None
+    before = load_file(folder / "policy" / "model.safetensors")
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_signal_leaves_a_checkpoint(folder, tmp_path):
+    command = [sys.executable, "rl.py", *settings_of(folder, tmp_path / "run", "--max_steps=500")]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+    file = tmp_path / "run" / "metrics.jsonl"
+    while run.poll() is None and not (file.exists() and file.read_text().count("\n") >= 2):
+        pass
+    run.send_signal(signal.SIGINT)
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode == 130 and "--resume=true continues" in said
+    assert (tmp_path / "run" / "latest").is_file()
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+MISTAKES = {
+    "completions=1 leaves nothing": ["--completions=1"],
+    "epsilon=0 does not fit": ["--epsilon=0"],
+    "epsilon=-0.1 does not fit": ["--epsilon=-0.1"],
+    "must be a multiple of updates": ["--updates=3"],
+    "min_lr=1 is above lr": ["--min_lr=1"],
+    "t_low=0.9 is above t_high": ["--t_low=0.9"],
+    "verified needs": ["--verified=true", "--confidence=entropy"],
+    "temperature=0 does not fit": ["--temperature=0"],
+    "no file": ["--tasks=nowhere.jsonl"],
+    "no folder": ["--init_from=nowhere"],
+}
+
+
+@pytest.mark.parametrize("said", MISTAKES)
+def test_a_mistake_is_one_sentence(folder, tmp_path, said):
+    with pytest.raises((Mistake, OSError)) as raised:
+        rl.main(settings_of(folder, tmp_path / "run", *MISTAKES[said]))
+    assert "\n" not in str(raised.value)
+    if not said.startswith("no "):
+        assert said.split()[0] in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_refuses_other_masks_or_tasks(folder, tmp_path):
+    rl.main(settings_of(folder, tmp_path / "run", "--max_steps=2"))
+    with pytest.raises(Mistake, match="completions=5"):
+        rl.main(settings_of(folder, tmp_path / "run", "--resume=true", "--completions=5"))
+    other = tmp_path / "other.jsonl"
+    other.write_text((folder / "tasks.jsonl").read_text().replace("t/3", "t/33"))
+    with pytest.raises(Mistake, match="prepared anew"):
+        rl.main(settings_of(folder, tmp_path / "run", "--resume=true", f"--tasks={other}"))
+
+
+def test_a_damaged_rollout_is_named(folder, tmp_path):
+    rl.main(settings_of(folder, tmp_path / "run", "--max_steps=3"))
+    path = tmp_path / "run" / "step_0000003" / "state" / "rollout.json"
+    for text in ("{", "[]", '{"number": 1}', '{"rows": [3], "rewards": []}'):
+        path.write_text(text)
+        with pytest.raises(Mistake, match="rollout.json"):
+            rl.main(settings_of(folder, tmp_path / "run", "--resume=true"))

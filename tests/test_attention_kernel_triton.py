@@ -220,13 +220,13 @@ def toy(seed=0):
 
 
 def toy_batch(step):
-    """Four packed rows of 24 tokens, noised."""
-    doc_start, doc_end = packed([24], [10, 14], [1, 5, 18], [23, 1])
-    x0 = torch.randint(4, 64, (4, 24), generator=torch.Generator().manual_seed(step))
+    """Two packed rows of 24 tokens, noised."""
+    doc_start, doc_end = packed([23, 1], [1, 5, 18])
+    x0 = torch.randint(4, 64, (2, 24), generator=torch.Generator().manual_seed(step))
     maskable = torch.arange(24) != doc_start
-    batch = Batch(x0, doc_start, doc_end, maskable, np.arange(4))
-    noised = corrupt(batch, RECIPE, Draw(seed=0, step=step, rows=range(4), batch_rows=4))
-    return noised.rows(0, 4, DEVICE)
+    batch = Batch(x0, doc_start, doc_end, maskable, np.arange(2))
+    noised = corrupt(batch, RECIPE, Draw(seed=0, step=step, rows=range(2), batch_rows=2))
+    return noised.rows(0, 2, DEVICE)
 
 
 RECIPE = Recipe("block", mask_id=2, block_size=4)

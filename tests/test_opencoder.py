@@ -169,6 +169,9 @@ def test_unchanged_files_are_not_read_again_and_other_settings_are_seen(
         patch.setattr(opencoder, "read_records", None)  # reading would fail
         assert prepare(model, tmp_path / "a.jsonl", out) == before
     assert "nothing to do, 1 files unchanged" in capsys.readouterr().out
+    (out / "val.scored").unlink()
+    prepare(model, tmp_path / "a.jsonl", out)
+    assert (out / "val.scored").is_file()
     assert prepare(model, tmp_path / "a.jsonl", out, answer="code") != before
     write_rows(tmp_path / "a.jsonl", rows_of(41))
     prepare(model, tmp_path / "a.jsonl", out)

@@ -568,6 +568,7 @@ def test_a_gap_that_is_filled_with_what_was_there_has_no_diff():
     assert infill.diff("a.py", FILE, FILE) == ""
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab\n\r\f\u2028", min_size=1, max_size=20), st.data())
 def test_the_lines_before_and_after_a_gap_stay(tmp_path_factory, text, data):
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)

@@ -646,8 +646,9 @@ def test_warmup_is_at_most_a_tenth_of_the_steps_that_the_epochs_are(samples, tmp
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     assert (len(rates) >= 20) == (epochs == 4)
     warmup = min(asked, len(rates) // 10)
-    assert rates[:warmup] == pytest.approx([0.01 * n / warmup for n in range(1, warmup + 1)])
-    assert rates[warmup] == 0.01 > rates[warmup + 1]
+    rising = [0.01 * n / warmup for n in range(1, warmup + 1)]
+    assert rates[:warmup + 1] == pytest.approx([*rising, 0.01])
+    assert rates[warmup + 1] < rates[warmup]
 
 
 def test_a_row_is_shown_and_nothing_else_happens(samples, data_folder, tmp_path, capsys):

@@ -149,7 +149,7 @@ def find(path):
     why = f"no checkpoint in {path}: it has neither `latest` nor config.json"
     if list(path.glob("step_*")):
         raise Mistake(f"{why}; {steps_in_words(path)}")
-    raise Mistake(f"{why}; `bash demo.sh` trains two, out/toy_ar and out/toy")
+    raise Mistake(f"{why}; `bash demo.sh` trains some, and assets/toy has one")
 
 
 def latest_of(run):

@@ -81,7 +81,8 @@ def random_model(cfg, device="cpu", dtype=torch.float32):
 
 def stand_in(vocab_size):
     """What decoding reads of a tokenizer, where there is none."""
-    return SimpleNamespace(vocab_size=vocab_size, mask_id=1, pad_id=2, eos_id=3, stop_ids={3})
+    return SimpleNamespace(vocab_size=vocab_size, mask_id=1, pad_id=2, eos_id=3, stop_ids={3},
+                           never_chosen={1, 2})
 
 
 def load_models(cfg):

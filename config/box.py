@@ -5,8 +5,8 @@
     python train.py config/box.py
     python huggingface.py export out/box --to=assets/toy --dtype=bfloat16
 
-Data: `python -m data.stdlib.prepare` and `python -m data.functions.prepare`. An hour or two on two
-CPU cores. Memory and time of this stage: `python train.py config/box.py --dry_run=true`.
+Data: `python -m data.stdlib.prepare` and `python -m data.functions.prepare`. Three hours on two
+busy CPU cores. Memory and time of this stage: `python train.py config/box.py --dry_run=true`.
 """
 out = "out/box"
 init_from = "out/box_cpt"

@@ -2,7 +2,7 @@
 
 It goes on from config/toy.py with the same objective, block diffusion with K = 4. A sample is a
 signature and a docstring, the prompt, with a body, which alone is scored. Muon reads half as much
-text as AdamW for the same loss here. Two CPU cores, about six minutes.
+text as AdamW for the same loss here. Two busy CPU cores, ten minutes.
 Data: `python -m data.functions.prepare`. Look at it: `python train.py config/toy_sft.py \\
     --show_row=0`.
 Memory and time: `python train.py config/toy_sft.py --dry_run=true`.

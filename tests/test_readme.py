@@ -32,14 +32,16 @@ def names_in(path):
 def settings_of(path):
     """The settings of a script: the fields of its Config, or of evaluate.py's several, and of
     those that these extend, such as decode.Decoding. Without a Config: none."""
-    found = definitions(path)
-    classes = [found[name] for name in ("Config", "Likelihood", "PassK") if name in found]
+    own = definitions(path)
+    found = dict(own)
+    for other in ("decode.py", "evaluate.py", "estimators.py", "rewards.py"):
+        found = definitions(other) | found
+    classes = [own[name] for name in ("Config", "Likelihood", "PassK") if name in own]
     settings = set()
     while classes:
         config = classes.pop()
         settings |= {n.target.id for n in config.body if isinstance(n, ast.AnnAssign)}
-        classes += [found.get(base.id) or definitions("decode.py")[base.id]
-                    for base in config.bases]
+        classes += [found[base.id] for base in config.bases]
     return settings
 
 

@@ -128,7 +128,14 @@ def clear(aside):
 
 def optimizer_state(model, optimizer):
     """{'state.layers.0.….exp_avg': tensor, …}: this process's own part of it."""
-    return get_optimizer_state_dict(model, optimizer, options=FLAT)
+    fresh = not optimizer.state
+    state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    if fresh:  # PyTorch has made a step of length 0 to see its tensors: it must not count
+        for values in optimizer.state.values():
+            if "step" in values:
+                values["step"].zero_()
+        state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    return state
 
 
 def inner(error):

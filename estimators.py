@@ -246,6 +246,19 @@ def trace(completions, recipe, how, seed, step):
     return [Pass(when >= s, (when == s).float()) for s in range(steps)]
 
 
+def inexact(confidence, top_p):
+    """What `trace` leaves out of rollouts that were decoded so, a sentence; empty: nothing."""
+    if confidence == "max_prob":
+        return ("estimator='trace' with confidence='max_prob': each token's log-probability is "
+                "exact where it was taken, but how likely the order was is left out, since the "
+                "sampled tokens decide it; 'entropy', 'margin' and 'left_to_right' are exact")
+    if top_p < 1:
+        return (f"estimator='trace' with top_p={top_p:g}: order and masks are those of the "
+                "rollout, but the tokens came from a narrower distribution than the one that is "
+                "read; --top_p=1 is exact")
+    return ""
+
+
 # --- what is read from the passes -----------------------------------------------------------------
 
 ESTIMATORS = {"coupled": coupled, "masked": masked, "independent": independent,
@@ -260,6 +273,11 @@ def passes_of(how, completions, recipe, seed, step):
     """
     check_estimate(how, recipe)
     return ESTIMATORS[how.estimator](completions, recipe, how, seed, step)
+
+
+def read_by(passes):
+    """(B, T) bool: the tokens that some pass reads."""
+    return torch.stack([one.weight for one in passes]).ne(0).any(0)
 
 
 def log_probs(model, completions, passes, recipe, temperature, banned):

@@ -101,7 +101,8 @@ def start(device, shard_ranks=0):
     size = int(os.environ.get("WORLD_SIZE", 1))
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if size > 1 and not launched:
-        raise Mistake(f"WORLD_SIZE={size} is set and RANK is not: start train.py with torchrun")
+        raise Mistake(f"WORLD_SIZE={size} is set and RANK is not: start the script with "
+                      "torchrun")
     if device == "mps" and size > 1:
         raise Mistake(f"{size} processes need device=cuda or cpu: PyTorch has no collectives on "
                       "mps")
@@ -184,7 +185,7 @@ def wait_for_all():
 def build(model_cfg, world, dtype, cfg):
     """The model on its device, without weights yet, sharded where several processes share it.
 
-    dtype: of the gathered weights. cfg: recompute, compile and reshard of train.py's settings.
+    dtype: of the gathered weights. cfg: settings with recompute, compile and reshard.
     """
     with torch.device("meta"):  # shapes alone: no process ever holds the whole model
         model = Transformer(model_cfg)

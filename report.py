@@ -172,14 +172,15 @@ def page(tasks, results, scores, settings):
     return filled(f"{len(failures)} of {len(results)} samples failed", failures, scored + chosen)
 
 
-def samples_page(lines, tasks):
+def samples_page(lines, tasks, style):
     """The answers of a rollout as such a page, str.
 
-    lines: of rl.py's samples.jsonl, dicts. tasks: the Task of each.
+    lines: of rl.py's samples.jsonl, dicts. tasks: the Task of each. style: base or instruct.
     """
     shown = []
     for line, task in zip(lines, tasks):
-        texts = {"task": task.task_id, "family": task.family, "prompt": task.prompt,
+        asked = message(task) if style == "instruct" else task.prompt
+        texts = {"task": task.task_id, "family": task.family, "prompt": asked,
                  "answer": line["answer"], "tests": "\n".join(task.tests) or task.test,
                  "detail": line["detail"]}
         notes = [f"reward {line['total']:.2f}", f"advantage {line['advantage']:+.2f}",

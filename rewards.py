@@ -4,7 +4,7 @@ a function of the user's own says.
     with Sandbox() as sandbox:
         rewards = Rewards(sandbox, cfg, "out/run")
         rewards.submit(0, task, text)          # returns at once; the device writes the next batch
-        {0: reward} = rewards.collect(wait=True)
+        {0: reward} = rewards.collect()
 
     a text  --extract.extract-->  a program  --sandbox-->  a Verdict  --reward_of-->  a Reward
 
@@ -21,15 +21,17 @@ train the model on a fault of ours.
 
 Not covered: a limit on the time that the user's function takes; modules beside its file.
 """
+import ast
 import re
 import traceback
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
 
 from configurator import Float, Mistake, shortened, visible
-from extract import extract, needed_part
+from extract import extract, is_written, needed_part
 from files import read_text, write_json
 from tasks import program
 
@@ -65,13 +67,23 @@ def format_of(task, text, style):
 
     style: "base", where the prompt and the text must be Python to the last character, or
     "instruct", where the text must have a fenced block, with its end, that is. In both the code
-    must give the task's function a body: else writing nothing would be worth something.
+    must give the task's function a body, or where the task names none, do something: else writing
+    nothing would be worth something.
     """
     codes = [task.prompt + text]
     if style == "instruct":
         codes = FENCE.findall(text.replace("\r\n", "\n"))
-    return float(any(needed_part(code, task.entry_point, whole=True) is not None
-                     for code in codes))
+    return float(any(is_code(code, task.entry_point) for code in codes))
+
+
+def is_code(code, entry_point):
+    """Whether a text is Python, and has more than what a prompt may show."""
+    found = needed_part(code, entry_point, whole=True)
+    if found is None or entry_point:
+        return found is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "\d" in a text
+        return is_written(ast.parse(found))
 
 
 def fraction_passed(verdict):
@@ -107,7 +119,12 @@ def number(value):
 # --- the user's own function ----------------------------------------------------------------------
 
 def load_own(path):
-    """The function `reward` that a Python file defines. Raises Mistake where there is none."""
+    """The function `reward` that a Python file defines, None of an empty path.
+
+    Raises Mistake where there is none.
+    """
+    if not path:
+        return None
     space = {"__name__": Path(path).stem, "__file__": path}
     code = read_text(path)
     try:
@@ -136,12 +153,12 @@ class Rewards:
     """Completions on their way through the sandbox.
 
     sandbox: an open Sandbox. cfg: a Rewarding. folder: the run's, for failed_reward.json.
-    style: see format_of. Raises Mistake where the user's function cannot be loaded.
+    style: see format_of. own: the user's function, see load_own.
     """
 
-    def __init__(self, sandbox, cfg, folder, style="base"):
+    def __init__(self, sandbox, cfg, folder, style="base", own=None):
         self.sandbox, self.cfg, self.folder, self.style = sandbox, cfg, Path(folder), style
-        self.own = load_own(cfg.reward) if cfg.reward else None
+        self.own = own
         self.waiting = {}  # key: (Future of a Verdict, Task, text, code)
 
     def submit(self, key, task, text):
@@ -153,12 +170,11 @@ class Rewards:
             code, _ = extract(task, text)
         self.waiting[key] = (self.sandbox.submit(program(task, code)), task, text, code)
 
-    def collect(self, wait=False):
-        """{key: Reward} of the completions that are judged; with wait, of all, once they are."""
-        done = [key for key, (future, *_) in self.waiting.items() if wait or future.done()]
-        rewards = {}
-        for key in done:
-            future, task, text, code = self.waiting.pop(key)
+    def collect(self):
+        """{key: Reward} of all that was submitted since the last time, once they are judged."""
+        rewards, waiting = {}, self.waiting
+        self.waiting = {}
+        for key, (future, task, text, code) in waiting.items():
             with self.saving(task, text, code):
                 verdict = future.result()
                 rewards[key] = reward_of(task, text, verdict, self.cfg, self.style, self.own)

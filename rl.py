@@ -10,24 +10,21 @@ answer (estimators.py), and moves it by its advantage as far as the clip allows 
 
     OUT/samples.jsonl    every answer with its reward
     OUT/samples.html     the newest rollout, to read
-    OUT/metrics.jsonl    a line per step
+    OUT/metrics.jsonl    a line per step, per rollout and per evaluation
 
-A run that is killed at any moment resumes to the same numbers: a checkpoint holds the reference
-model and a rollout that is half used.
+A run that is killed at any moment resumes to the same numbers, as far as no program's time limit
+decides: a checkpoint holds the reference model and a rollout that is half used.
 
-Not covered: other orders of magnitude than one node's of tasks, whose list every process holds;
-rewards (rewards.py); LoRA.
+Not covered: more tasks than a process can hold in memory; rewards (rewards.py); LoRA.
 """
 if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints no traceback
     from configurator import begin
     begin()
 
 import hashlib
-import json
-import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -36,23 +33,21 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-import files
 import huggingface
 import parallel
 import plan
 import rollout
 from configurator import Float, Int, Mistake, Name, Seed, configure
-from decode import Confidence, Decoding, settled
+from decode import Confidence, Decoding, check_rules, settled
 from diffusion import Recipe
-from estimators import Estimate, check_estimate, log_probs, passes_of
-from evaluate import Judging, open_sandbox, prompt_ids, refuse_failing, tasks_of
-from extract import extract
+from estimators import Estimate, check_estimate, inexact, log_probs, passes_of, read_by
+from evaluate import Judging, open_sandbox, refuse_failing, tasks_of
+from families import ASKED
 from model import Transformer, pick_device
 from optimizers import make_optimizer
-from report import samples_page
-from rewards import Rewarding, Rewards
-from run import Run, pick_machine
-from tasks import program, read_tasks
+from rewards import Rewarding, Rewards, load_own
+from run import Run, cut_lines, pick_machine
+from tasks import read_tasks
 from tokenizer import Tokenizer
 
 
@@ -67,6 +62,9 @@ class Config(Judging, Estimate, Rewarding):
     answer_prefix: str = ""  # (instruct) how the answer begins, such as "```python\n"
     check_references: bool = True  # refuse tasks whose reference fails their tests
     mask_token: str = ""  # name of the mask, where the folder does not say
+    objective: ASKED["objective"] | None = None  # none: as the folder says
+    shift: bool | None = None  # predict token i at position i - 1; none: as the folder says
+    block_size: ASKED["block_size"] | None = None  # K; none: as the folder says
     # rollouts
     prompts: Int(1, 2**20) = 8  # tasks of a rollout, over all processes
     completions: Int(1, 2**16) = 10  # G, answers to each; the advantage compares them: 2 at least
@@ -96,14 +94,14 @@ class Config(Judging, Estimate, Rewarding):
     beta2: Float(0, 0.999999) = 0.99  # AdamW
     grad_clip: Float(1e-9, 1e9) = 0.2  # largest norm of the gradient
     # evaluation and saving
-    val_tasks: str = ""  # file of tasks for greedy pass@1; empty: no evaluation
+    val_tasks: str = ""  # tasks for pass@1 by max_prob, one token a step; empty: no evaluation
     eval_every: Int(0, 2**31) = 20  # steps between evaluations, and one at the end; 0: never
     save_every: Int(1, 2**31) = 20  # steps between checkpoints, and one at the end
     keep: Int(1, 2**31) = 2  # newest checkpoints kept
     log: Literal["none", "tensorboard", "wandb"] = "none"  # metrics go there too
     # machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first that is available
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: what is fast
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, with FSDP what is fast
     threads: Int(0, 4096) = 0  # CPU threads of a process; 0: all cores, or what torchrun gives
     compile: bool = False  # torch.compile of each block
     recompute: Literal["none", "selective", "full"] = "none"  # activations, to save memory
@@ -113,7 +111,8 @@ class Config(Judging, Estimate, Rewarding):
 
 
 # on resume: settings that must not change, and settings that may change silently
-FIXED = ("seed", "style", "prompts", "completions", "max_new_tokens", "temperature", "top_p",
+FIXED = ("seed", "style", "answer_prefix", "limit", "shown_tests", "objective", "shift",
+         "block_size", "prompts", "completions", "max_new_tokens", "temperature", "top_p",
          "confidence", "steps", "block_length", "verified", "updates", "reference_every",
          "estimator", "pairs", "pair_weights", "t_low", "t_high")
 FREE = ("init_from", "resume", "out", "tasks", "val_tasks", "threads", "dtype", "device", "workers")
@@ -130,13 +129,19 @@ def check(cfg):
     if cfg.min_lr > cfg.lr:
         raise Mistake(f"min_lr={cfg.min_lr:g} is above lr={cfg.lr:g}, so the learning rate would "
                       f"rise at the end; give --min_lr={cfg.lr / 10:g} or another below lr")
+    if cfg.answer_prefix and cfg.style != "instruct":
+        raise Mistake("answer_prefix is for --style=instruct: a base model continues the prompt")
+    out = Path(cfg.out)
+    if (out / "settings.json").exists() and (out / "samples.jsonl").exists():
+        raise Mistake(f"{out} holds the samples of evaluate.py, which a run would overwrite: "
+                      "choose another --out")
+    check_rules(how_to_write(cfg))
 
 
-def how_to_write(cfg, world):
+def how_to_write(cfg):
     """The Decoding of a rollout."""
     names = ("temperature", "top_p", "confidence", "steps", "block_length", "verified", "seed")
-    graphs = world.mesh is None  # FSDP's hooks do not belong into a recording
-    return Decoding(graphs=graphs, **{name: getattr(cfg, name) for name in names})
+    return Decoding(**{name: getattr(cfg, name) for name in names})
 
 
 # --- the loss ------------------------------------------------------------------------------------
@@ -163,12 +168,12 @@ def clipped_loss(new, old, reference, scored, advantage, cfg):
     """
     change = new - old  # (B, T)
     drift = torch.zeros_like(new) if reference is None else reference - new
-    counted, advantage = scored, advantage[:, None].expand_as(new)
+    read, advantage = scored, advantage[:, None].expand_as(new)
     if cfg.estimator == "sequence":
         length = scored.sum(1, keepdim=True).clamp(min=1)
         change, drift = ((x * scored).sum(1, keepdim=True) / length for x in (change, drift))
-        counted, advantage = scored.any(1, keepdim=True), advantage[:, :1]
-    change, drift, advantage = change[counted], drift[counted], advantage[counted]  # (N,) each
+        read, advantage = scored.any(1, keepdim=True), advantage[:, :1]
+    change, drift, advantage = change[read], drift[read], advantage[read]  # (N,) each
     ratio = change.exp()
     inside = ratio.clamp(1 - cfg.epsilon, 1 + cfg.epsilon)
     gain = torch.minimum(ratio * advantage, inside * advantage)
@@ -193,6 +198,30 @@ class Policy:
     banned: torch.Tensor  # (n,) int64, ids that decoding never chooses
 
 
+def write_and_judge(rows, how, policy, cfg, tasks, rewards):
+    """Write these Rows, and judge them while the next are written: {number: Reward}, and the
+    seconds of the decoding. What one process raises, all raise: they would wait for it forever.
+    """
+    model, world = policy.model, policy.world
+    how = replace(how, graphs=world.mesh is None)  # FSDP's hooks do not belong into a recording
+    found, seconds, errors, began = {}, 0, [], time.time()
+    try:
+        with parallel.weights_kept(model, world, cfg.reshard):
+            for batch in rollout.write_completions(model, policy.tok, policy.recipe, how, rows,
+                                                   cfg.decode_batch):
+                for row in batch:
+                    text = cfg.answer_prefix + rollout.text_of(row, policy.tok)
+                    rewards.submit(row.number, tasks[row.task], text)
+        seconds = time.time() - began
+        found = rewards.collect()
+    except (Mistake, OSError) as error:
+        errors = [error]
+    errors = world.gather(errors)
+    if errors:
+        raise errors[0]
+    return found, seconds
+
+
 def roll_out(number, policy, cfg, tasks, prompts, rewards):
     """Answers to the tasks of rollout `number` and their rewards, of all processes: a Rollout, and
     the seconds of this process's decoding.
@@ -203,15 +232,7 @@ def roll_out(number, policy, cfg, tasks, prompts, rewards):
     chosen = rollout.chosen_tasks(cfg.seed, number, cfg.prompts, len(tasks))
     rows = rollout.rows_of(number, chosen, cfg.completions, prompts, block)
     mine = rows[world.rank * len(rows) // world.size:(world.rank + 1) * len(rows) // world.size]
-    began = time.time()
-    with parallel.weights_kept(policy.model, world, cfg.reshard):
-        for batch in rollout.write_completions(policy.model, policy.tok, policy.recipe,
-                                               how_to_write(cfg, world), mine, cfg.decode_batch):
-            for row in batch:  # the sandbox runs these while the model writes the next
-                text = cfg.answer_prefix + rollout.text_of(row, policy.tok)
-                rewards.submit(row.number, tasks[row.task], text)
-    seconds = time.time() - began
-    found = rewards.collect(wait=True)
+    found, seconds = write_and_judge(mine, how_to_write(cfg), policy, cfg, tasks, rewards)
     made = rollout.Rollout(number, rows=world.gather(mine),
                            rewards=world.gather([found[row.number] for row in mine]))
     totals = torch.tensor([reward.total for reward in made.rewards], dtype=torch.float64)
@@ -220,22 +241,6 @@ def roll_out(number, policy, cfg, tasks, prompts, rewards):
     made.learned = differ.repeat_interleave(cfg.completions).nonzero()[:, 0].tolist()
     made.advantage = advantages(totals)[differ].flatten().tolist()
     return made, seconds
-
-
-def my_share(learned, world):
-    """Which of the learned rows this process computes, a list of their places; None fills it up.
-
-    With FSDP all processes make the same number of forwards.
-    """
-    each = math.ceil(len(learned) / world.size)
-    places = range(world.rank * each, (world.rank + 1) * each)
-    return [place if place < len(learned) else None for place in places]
-
-
-def my_rows(made, share):
-    """The Rows at these places."""
-    return [made.rows[0].idle() if place is None else made.rows[made.learned[place]]
-            for place in share]
 
 
 def passes_over(rows, step, policy, cfg):
@@ -247,8 +252,8 @@ def passes_over(rows, step, policy, cfg):
 
 def remember(made, net, into, first_step, policy, cfg):
     """Append to `into`, for each update of a rollout, log_probs of its learned rows under `net`."""
-    share = my_share(made.learned, policy.world)
-    rows = my_rows(made, share)
+    share = rollout.my_share(made.learned, policy.world)
+    rows = rollout.rows_at(made, share)
     for step in range(first_step, first_step + cfg.updates):
         values = []
         for start in range(0, len(rows), cfg.micro_batch):
@@ -262,61 +267,43 @@ def remember(made, net, into, first_step, policy, cfg):
     parallel.free_gathered(net, policy.world)
 
 
-def padded(values, places, like):
-    """Lists of numbers at these places, 0 where None, as a tensor shaped like `like`, (B, T)."""
-    tensor = torch.zeros(like.shape)
-    for i, place in enumerate(places):
-        if place is not None:
-            tensor[i, :len(values[place])] = torch.tensor(values[place])
-    return tensor.to(like.device)
-
-
-def read_by(passes):
-    """(B, T) bool: the tokens that some pass reads."""
-    return torch.stack([one.weight for one in passes]).ne(0).any(0)
-
-
-def counted(row, policy, cfg):
-    """What a row adds to the number that the loss is divided by: its tokens, its decisions under
-    `trace`, and 1 under `sequence`."""
+def terms_of(row, policy, cfg):
+    """How many terms of the loss a row has: its tokens, its decisions under `trace`, and 1 under
+    `sequence`."""
     if cfg.estimator == "sequence":
         return 1
     if cfg.estimator == "trace":
-        return len(row.order(1))
+        return len(row.order)
     return row.end(policy.tok.stop_ids) - row.prompt
 
 
 # --- the loop ------------------------------------------------------------------------------------
 
-def greedy(policy, cfg, tasks, prompts, sandbox):
+def greedy(policy, cfg, tasks, prompts, rewards):
     """pass@1 of the likeliest answers, a float. The tasks are spread over the processes."""
     world = policy.world
     rows = rollout.rows_of(0, list(range(len(tasks))), 1, prompts, policy.recipe.causal_block)
-    mine, passed = rows[world.rank::world.size], 0
-    how = Decoding(graphs=world.mesh is None)
-    with parallel.weights_kept(policy.model, world, cfg.reshard):
-        programs = []
-        for batch in rollout.write_completions(policy.model, policy.tok, policy.recipe, how, mine,
-                                               cfg.decode_batch):
-            for row in batch:
-                text = cfg.answer_prefix + rollout.text_of(row, policy.tok)
-                code, _ = extract(tasks[row.task], text)
-                programs.append(sandbox.submit(program(tasks[row.task], code)))
-    passed = sum(future.result().status == "passed" for future in programs)
-    [passed] = world.sum(passed)
+    mine = rows[world.rank::world.size]
+    found, _ = write_and_judge(mine, Decoding(), policy, cfg, tasks, rewards)
+    [passed] = world.sum(sum(reward.status == "passed" for reward in found.values()))
     return passed / len(tasks)
 
 
-def check_decoding(cfg, policy, prompts):
-    """Raises Mistake for decoding settings that do not fit the model or its prompts."""
-    texts = [[*ids, *[None] * room] for ids, room in prompts]
-    settled(how_to_write(cfg, policy.world), policy.recipe, texts, policy.model.cfg)
-
-
-def make_policy(cfg, folder, world, dtype):
-    """The Policy of a folder, with its weights."""
-    model_cfg, tok, recipe = huggingface.read_description(folder, cfg.mask_token)
+def check_decoding(cfg, described, prompts, world):
+    """Raises Mistake for settings that do not fit the model; says what they do not give."""
+    model_cfg, _, recipe = described
     check_estimate(cfg, recipe)
+    ids, room = max(prompts, key=lambda prompt: len(prompt[0]) + prompt[1])
+    how = settled(how_to_write(cfg), recipe, [[*ids, *[None] * room]], model_cfg)
+    said = inexact(how.confidence, how.top_p)
+    if said and cfg.estimator == "trace":
+        world.say(said)
+
+
+def make_policy(cfg, folder, described, world, dtype):
+    """The Policy of a folder, with its weights."""
+    model_cfg, tok, recipe = described
+    huggingface.check_weights(folder, model_cfg)
     plan.check_memory(model_cfg, cfg.optimizer, world.device.type)
     model = parallel.build(model_cfg, world, dtype, cfg)
     huggingface.load_weights(folder, model, parallel.my_rows)
@@ -346,15 +333,6 @@ def save_beside(folder, policy, reference, made, in_use):
         made.write(folder / "rollout.json")
 
 
-def keep_samples(folder, made, step, tasks, tok):
-    """Append a rollout to samples.jsonl, and show it in samples.html."""
-    lines = rollout.lines_of(made, step, tasks, tok)
-    with open(folder / "samples.jsonl", "a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(line) + "\n" for line in lines))
-    files.write_text(folder / "samples.html", samples_page(lines, [tasks[row.task]
-                                                                   for row in made.rows]))
-
-
 def evaluate(step, score, run):
     """Greedy pass@1 of the val_tasks, shown and logged."""
     began = time.time()
@@ -366,27 +344,47 @@ def evaluate(step, score, run):
 
 def digest(cfg):
     """{name: fingerprint} of what the run learns from."""
-    return {"tasks": hashlib.sha256(Path(cfg.tasks).read_bytes()).hexdigest()}
+    used = {"tasks": cfg.tasks}
+    if cfg.reward:
+        used["reward"] = cfg.reward
+    return {name: hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            for name, path in used.items()}
 
 
-def train(cfg, world, run, sandbox, tasks, val_tasks):
+def check_resumed(run, cfg, fingerprint):
+    """What a resumed run shares with the one that it continues. Raises Mistake."""
+    before = run.saved.get("data") if run.saved else fingerprint
+    same_kind = isinstance(before, dict) and "tasks" in before
+    if same_kind and before.get("reward") != fingerprint.get("reward"):
+        raise Mistake(f"reward={cfg.reward!r} is not the function that the run in {run.folder} was "
+                      "trained with: resume with that one, or start another run with --out=FOLDER")
+    run.check_resumed(cfg, FIXED, FREE, fingerprint)
+    if run.saved and cfg.beta and not (run.checkpoint / "state" / "reference").is_dir():
+        raise Mistake(f"beta={cfg.beta:g} needs a reference, and {run.checkpoint} was saved with "
+                      "beta=0, without one: resume with --beta=0, or start another run with "
+                      f"--out=FOLDER --init_from={run.folder}")
+
+
+def train(cfg, world, run, rewards, tasks, val_tasks):
     """Set up, then one optimizer step after another. Returns the exit code."""
     fingerprint = world.first(partial(digest, cfg))
-    run.check_resumed(cfg, FIXED, FREE, fingerprint)
+    check_resumed(run, cfg, fingerprint)
+    if cfg.dtype == "auto" and world.mesh is None:  # as rollouts are: what samples is scored
+        cfg = replace(cfg, dtype="float32")
     machine = pick_machine(cfg, world, run.saved)
     dtype = getattr(torch, machine["dtype"])
     folder = run.checkpoint or huggingface.find(cfg.init_from)
-    policy = make_policy(cfg, folder, world, dtype)
+    described = huggingface.read_description(folder, cfg.mask_token, objective=cfg.objective,
+                                             shift=cfg.shift, block_size=cfg.block_size)
+    tasks, prompts = rollout.with_prompts(tasks, described, cfg, world)
+    val_tasks, val_prompts = rollout.with_prompts(val_tasks, described, cfg, world)
+    check_decoding(cfg, described, prompts + val_prompts, world)
+    policy = make_policy(cfg, folder, described, world, dtype)
     model, tok = policy.model, policy.tok
-    model_cfg = model.cfg
-    loaded = model, tok, policy.recipe
-    prompts = [prompt_ids(task, loaded, cfg) for task in tasks]
-    val_prompts = [prompt_ids(task, loaded, cfg) for task in val_tasks]
-    check_decoding(cfg, policy, prompts + val_prompts)
     optimizer = make_optimizer(model, cfg)
     reference, made = None, None
     if cfg.beta:
-        reference = parallel.build(model_cfg, world, dtype, cfg).requires_grad_(False)
+        reference = parallel.build(model.cfg, world, dtype, cfg).requires_grad_(False)
         copy_weights(model, reference)
     if run.checkpoint is not None:
         checkpoint.load_state(run.checkpoint, model, optimizer)
@@ -394,14 +392,15 @@ def train(cfg, world, run, sandbox, tasks, val_tasks):
         if reference is not None:
             huggingface.load_weights(state / "reference", reference, parallel.my_rows)
         if run.start % cfg.updates:
-            made = rollout.Rollout.read(state / "rollout.json")
+            made = rollout.Rollout.read(state / "rollout.json", cfg.updates, cfg.beta > 0)
     if run.start >= cfg.max_steps:
         world.say(f"{cfg.out}: its {run.start} steps are done; a --max_steps above that trains on")
         return 0
 
     run.begin(cfg)
-    rewards = Rewards(sandbox, cfg, run.folder, cfg.style)
-    score = partial(greedy, policy, cfg, val_tasks, val_prompts, sandbox)
+    world.first(partial(cut_lines, run.folder / "samples.jsonl", run.start))
+    plain = Rewards(rewards.sandbox, Rewarding(), run.folder, cfg.style)
+    score = partial(greedy, policy, cfg, val_tasks, val_prompts, plain)
     with tqdm(total=cfg.max_steps, initial=run.start, unit="step", mininterval=0.5,
               dynamic_ncols=True, disable=world.rank > 0) as bar:
         for step in range(run.start, cfg.max_steps):
@@ -416,43 +415,46 @@ def train(cfg, world, run, sandbox, tasks, val_tasks):
                 remember(made, model, made.old, step, policy, cfg)
                 if reference is not None:
                     remember(made, reference, made.reference, step, policy, cfg)
-                figures = rollout.figures(made, tok, policy.recipe.causal_block)
+                figures = rollout.figures(made, tok)
                 run.log({"step": step, **figures, "rollout_seconds": time.time() - began,
                          "rollout_tokens_per_s": figures["length"] * len(made.rows) / seconds})
-                world.first(partial(keep_samples, run.folder, made, step, tasks, tok))
+                world.first(partial(rollout.keep_samples, run.folder, made, step, tasks, tok,
+                                    cfg))
 
             # the update, over all answers of the rollout from which there is something to learn
             learning = time.time()
-            share = my_share(made.learned, world)
-            rows = my_rows(made, share)
-            total = sum(counted(made.rows[i], policy, cfg) for i in made.learned)
+            share = rollout.my_share(made.learned, world)
+            rows = rollout.rows_at(made, share)
+            total = sum(terms_of(made.rows[i], policy, cfg) for i in made.learned)
             sums = torch.zeros(3)
             for start, end in parallel.micro_batches(model, world, len(rows), cfg):
                 places = share[start:end]
                 batch, passes = passes_over(rows[start:end], step, policy, cfg)
-                advantage = padded([[a] for a in made.advantage], places, batch.tokens[:, :1])
+                advantage = rollout.padded([[a] for a in made.advantage], places,
+                                           batch.tokens[:, :1])
                 with policy.autocast():
                     new = log_probs(model, batch, passes, policy.recipe, cfg.temperature,
                                     policy.banned)
-                    old = padded(made.old[update], places, new)
+                    old = rollout.padded(made.old[update], places, new)
                     against = None
                     if reference is not None:
-                        against = padded(made.reference[update], places, new)
+                        against = rollout.padded(made.reference[update], places, new)
                     loss, kl, clipped = clipped_loss(new, old, against, read_by(passes),
                                                      advantage[:, 0], cfg)
                 (loss / total * world.size).backward()  # FSDP averages over processes
                 sums += torch.stack([loss.detach(), kl, clipped]).cpu()
-            loss, kl, clipped, stop = world.sum(*(sums / max(1, total)), bool(run.stop_signals))
+            *losses, stop = world.sum(*(sums / max(1, total)), bool(run.stop_signals))
             lr, grad_norm = parallel.learning_rate(step, cfg), None
             if rows:
-                grad_norm = parallel.update(model, optimizer, step, loss, lr, cfg.grad_clip)
-
+                grad_norm = parallel.update(model, optimizer, step, losses[0], lr, cfg.grad_clip)
+            loss, kl, clipped = losses if rows else (None, None, None)
+            taken = time.time() - learning
             run.log({"step": step, "loss": loss, "kl": kl, "clip_fraction": clipped, "lr": lr,
                      "grad_norm": grad_norm, "tokens": total, "seconds": time.time() - began,
-                     "update_seconds": time.time() - learning})
+                     "update_seconds": taken, "update_tokens_per_s": total / taken})
             bar.update()
             solved = rollout.mean(reward.status == "passed" for reward in made.rewards)
-            bar.set_postfix_str(f"solved {solved:.1%}, KL {kl:.3f}", refresh=False)
+            bar.set_postfix_str(f"solved {solved:.1%}, KL {kl or 0:.3f}", refresh=False)
 
             done = step + 1 == cfg.max_steps
             if done and val_tasks and cfg.eval_every:
@@ -474,12 +476,14 @@ def main(argv=None):
     check(cfg)
     tasks = tasks_of(cfg)
     val_tasks = read_tasks(cfg.val_tasks, cfg.shown_tests) if cfg.val_tasks else []
+    own = load_own(cfg.reward)
     world = parallel.start(pick_device(cfg.device), cfg.shard_ranks)
-    with open_sandbox(cfg, world.size) as sandbox:  # before the model: it forks
-        if cfg.check_references:
+    with (open_sandbox(cfg, world.size) as sandbox,  # before the model: it forks
+          Run(cfg.out, cfg.resume, world) as run):
+        if cfg.check_references and run.checkpoint is None:
             world.first(lambda: refuse_failing(tasks + val_tasks, sandbox))
-        with Run(cfg.out, cfg.resume, world) as run:
-            code = train(cfg, world, run, sandbox, tasks, val_tasks)
+        rewards = Rewards(sandbox, cfg, run.folder, cfg.style, own)
+        code = train(cfg, world, run, rewards, tasks, val_tasks)
     world.leave()
     return code
 

@@ -9,8 +9,10 @@ completion: neither on the batch it was written in nor on the number of processe
 
 Not covered: rewards (rewards.py), what is learned from them (rl.py).
 """
+import json
 import math
 from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
 
 import torch
 
@@ -18,7 +20,9 @@ import files
 from configurator import Mistake
 from decode import decode, write
 from estimators import GIVEN, NEVER, Completions
+from evaluate import prompt_ids
 from loader import epoch_order
+from report import samples_page
 from rewards import Reward
 from watch import global_ar, local_ar
 
@@ -31,7 +35,8 @@ class Row:
 
     number: in the random streams. task: which of the tasks. ids: prompt and completion, None where
     nothing was written. written: as in Completions, a number per id. prompt: tokens of the prompt.
-    forwards: steps in which something was written.
+    forwards: steps in which something was written. order: positions as they were written, those of
+    one step by confidence, ties from left to right.
     """
     number: int
     task: int
@@ -39,6 +44,7 @@ class Row:
     written: list
     prompt: int
     forwards: int = 0
+    order: list = field(default_factory=list)
 
     def end(self, stop_ids):
         """Where the completion ends: after its first stop id, or its last token."""
@@ -52,11 +58,6 @@ class Row:
         """This row with nothing to learn from: what fills up a process's share."""
         ids = [token or 0 for token in self.ids]
         return Row(self.number, self.task, ids, [GIVEN] * len(ids), len(ids))
-
-    def order(self, block):
-        """Positions of the completion in the order in which they were written, blocks in turn."""
-        places = [i for i, when in enumerate(self.written) if GIVEN < when < NEVER]
-        return sorted(places, key=lambda i: (i // block, self.written[i], i))
 
 
 @dataclass
@@ -77,15 +78,36 @@ class Rollout:
     reference: list = field(default_factory=list)
 
     @classmethod
-    def read(cls, path):
-        """What `write` wrote. Raises Mistake for a damaged file."""
+    def read(cls, path, updates, with_reference):
+        """What `write` wrote, of so many updates, with what the reference says or not.
+
+        Raises Mistake for a damaged file.
+        """
         values = files.read_json(path)
         try:
             values["rows"] = [Row(**row) for row in values["rows"]]
             values["rewards"] = [Reward(**reward) for reward in values["rewards"]]
-            return cls(**values)
+            made = cls(**values)
+            sound = made.fits(updates, with_reference)
         except (TypeError, KeyError, AttributeError) as error:
             raise Mistake(f"{path} is damaged: it is no rollout of rl.py's") from error
+        if not sound:
+            raise Mistake(f"{path} is damaged: its lists do not fit each other")
+        return made
+
+    def fits(self, updates, with_reference):
+        """Whether all lists have the lengths that they must have."""
+        counts, estimates = [len(self.old)], self.old
+        if with_reference:
+            counts, estimates = [len(self.old), len(self.reference)], self.old + self.reference
+        lengths = [len(part) for part in (self.advantage, *estimates)]
+        return (len(self.rewards) == len(self.rows) > 0
+                and all(count == updates for count in counts)
+                and all(length == len(self.learned) for length in lengths)
+                and all(0 <= place < len(self.rows) for place in self.learned)
+                and all(len(row.ids) == len(row.written) for row in self.rows)
+                and all(len(of_row) <= len(self.rows[place].ids) for values in estimates
+                        for place, of_row in zip(self.learned, values)))
 
     def write(self, path):
         files.write_json(path, asdict(self))
@@ -113,7 +135,7 @@ def rows_of(rollout, tasks, completions, prompt_ids, block):
     for i in range(len(tasks) * completions):
         task = tasks[i // completions]
         ids, room = prompt_ids[task]
-        end = (len(ids) + room) // (block or 1) * (block or 1)
+        end = end_of(ids, room, block)
         if end <= len(ids):
             raise Mistake(f"a prompt of {len(ids)} tokens leaves no room for a block: raise "
                           "--max_new_tokens, or leave the task out")
@@ -121,6 +143,34 @@ def rows_of(rollout, tasks, completions, prompt_ids, block):
         rows.append(Row(first + i, task, [*ids, *[None] * masks],
                         [GIVEN] * len(ids) + [NEVER] * masks, len(ids)))
     return rows
+
+
+def with_prompts(tasks, described, cfg, world):
+    """The tasks that have room for an answer, and of each its prompt's ids and that room.
+
+    described: see huggingface.read_description.
+    """
+    model_cfg, tok, recipe = described
+    endless = SimpleNamespace(cfg=SimpleNamespace(context=math.inf))  # it refuses no prompt
+    kept, prompts = [], []
+    for task in tasks:
+        ids, room = prompt_ids(task, (endless, tok, recipe), cfg)
+        room = min(room, model_cfg.context - len(ids))
+        if end_of(ids, room, recipe.causal_block) > len(ids):
+            kept.append(task)
+            prompts.append((ids, room))
+    if len(kept) < len(tasks):
+        said = (f"{len(tasks) - len(kept)} of {len(tasks)} tasks leave no room for an answer in "
+                f"the context of {model_cfg.context} tokens")
+        if not kept:
+            raise Mistake(f"{said}: give shorter ones, or a larger --max_new_tokens")
+        world.say(f"{said}, and are left out")
+    return kept, prompts
+
+
+def end_of(ids, room, block):
+    """How long a text becomes that has `room` after these ids, and ends with a whole block."""
+    return (len(ids) + room) // (block or 1) * (block or 1)
 
 
 def write_completions(model, tok, recipe, how, rows, batch):
@@ -146,10 +196,15 @@ def note(step, rows, steps_done, block, verified):
     verified: the forward did several steps at once, from left to right.
     """
     b, n = step.taken.nonzero(as_tuple=True)  # (m,) each, from left to right
+    found = zip(step.rows[b].tolist(), step.positions[b, n].tolist(),
+                step.confidence[b, n].tolist())
+    if not verified:
+        found = sorted(found, key=lambda one: (-one[2], one[1]))
     now = {}
-    for i, position in zip(step.rows[b].tolist(), step.positions[b, n].tolist()):
+    for i, position, _ in found:
         if position >= len(rows[i].ids):
             continue
+        rows[i].order.append(position)
         place = i, position // block
         if place not in now or verified:
             now[place] = steps_done[i].get(place[1], 0)
@@ -193,13 +248,38 @@ def text_of(row, tok):
     return tok.decode(ids)
 
 
-def figures(made, tok, block):
+def my_share(learned, world):
+    """Which of the learned rows this process computes, a list of their places; None fills it up.
+
+    With FSDP all processes make the same number of forwards.
+    """
+    each = math.ceil(len(learned) / world.size)
+    places = range(world.rank * each, (world.rank + 1) * each)
+    return [place if place < len(learned) else None for place in places]
+
+
+def rows_at(made, share):
+    """The Rows at these places."""
+    return [made.rows[0].idle() if place is None else made.rows[made.learned[place]]
+            for place in share]
+
+
+def padded(values, places, like):
+    """Lists of numbers at these places, 0 where None, as a tensor shaped like `like`, (B, T)."""
+    tensor = torch.zeros(like.shape)
+    for i, place in enumerate(places):
+        if place is not None:
+            tensor[i, :len(values[place])] = torch.tensor(values[place])
+    return tensor.to(like.device)
+
+
+def figures(made, tok):
     """{name: number} of a Rollout: rewards, lengths, rates, AR-ness (watch.py), means over rows."""
     rows, rewards = made.rows, made.rewards
     ends = [row.end(tok.stop_ids) for row in rows]
     lengths = [end - row.prompt for end, row in zip(ends, rows)]
     ended = [row.ids[end - 1] in tok.stop_ids and end > row.prompt for end, row in zip(ends, rows)]
-    orders = [row.order(block or len(row.ids)) for row in rows]
+    orders = [row.order for row in rows]
     return {"reward": mean(reward.total for reward in rewards),
             "passed": mean(reward.passed for reward in rewards),
             "solved": mean(reward.status == "passed" for reward in rewards),
@@ -208,7 +288,7 @@ def figures(made, tok, block):
             "length": mean(lengths),
             "empty": mean(end and length == 1 for end, length in zip(ended, lengths)),
             "truncated": mean(not end for end in ended),
-            "tokens_per_forward": sum(lengths) / max(1, sum(row.forwards for row in rows)),
+            "tokens_per_forward": sum(map(len, orders)) / max(1, sum(r.forwards for r in rows)),
             "local_ar": mean(local_ar(order, 1) for order in orders if len(order) > 1),
             "global_ar": mean(global_ar(order, 1) for order in orders if len(order) > 1)}
 
@@ -218,10 +298,22 @@ def mean(numbers):
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-def lines_of(made, step, tasks, tok):
-    """A rollout's answers with their rewards, as lines of samples.jsonl: a list of dicts."""
+def lines_of(made, step, tasks, tok, prefix):
+    """A rollout's answers with their rewards, as lines of samples.jsonl: a list of dicts.
+
+    prefix: what all answers begin with, str.
+    """
     learned = dict(zip(made.learned, made.advantage))
     return [{"step": step, "rollout": made.number, "row": row.number,
-             "task_id": tasks[row.task].task_id, "answer": text_of(row, tok),
+             "task_id": tasks[row.task].task_id, "answer": prefix + text_of(row, tok),
              "advantage": learned.get(i, 0.0), **asdict(reward)}
             for i, (row, reward) in enumerate(zip(made.rows, made.rewards))]
+
+
+def keep_samples(folder, made, step, tasks, tok, cfg):
+    """Append a rollout to samples.jsonl, and show it in samples.html."""
+    lines = lines_of(made, step, tasks, tok, cfg.answer_prefix)
+    with open(folder / "samples.jsonl", "a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(line) + "\n" for line in lines))
+    page = samples_page(lines, [tasks[row.task] for row in made.rows], cfg.style)
+    files.write_text(folder / "samples.html", page)

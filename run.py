@@ -186,10 +186,11 @@ class Run:
                           "--resume=true continues it, --out=FOLDER starts another")
         self.begun_here = True
         self.write_lock()
+        of_ours = r"\.(latest|metrics\.jsonl|samples\.(jsonl|html))\.[0-9]+\.tmp"
         for path in self.folder.iterdir():  # what a process left that was killed while writing it
-            if re.fullmatch(r"\.(latest|metrics\.jsonl)\.[0-9]+\.tmp", path.name):
+            if re.fullmatch(of_ours, path.name):
                 path.unlink()
-        cut_metrics(self.folder / "metrics.jsonl", self.start)
+        cut_lines(self.folder / "metrics.jsonl", self.start)
 
     def log(self, values):
         """Write a line of metrics, {name: number} with a `step`. Raises OSError, saying where."""
@@ -286,12 +287,12 @@ def read_saved(folder):
     for name, is_sound in sound.items():
         if not is_sound:
             raise Mistake(f"{folder} cannot be resumed: {path} is damaged, its {name} is not one "
-                          "that train.py writes")
+                          "that a run writes")
     return saved
 
 
-def cut_metrics(path, step):
-    """Drop the lines of metrics.jsonl from `step` on: a resumed run computes these steps again.
+def cut_lines(path, step):
+    """Drop the lines of a .jsonl file from `step` on: a resumed run computes these steps again.
 
     What is not one of our lines goes too, such as a line that a kill cut short.
     """

@@ -1,8 +1,10 @@
 """coupled-GRPO at toy scale: the demo's model learns the hard functions from their tests alone.
 
 It goes on from config/toy_sft.py. Nobody shows it a solution: it writes eight answers to a task,
-the sandbox runs them, and what does better than its siblings becomes likelier. Two CPU cores, about
-fifteen minutes. Data: `python -m data.functions.prepare`.
+the sandbox runs them, and what does better than its siblings becomes likelier. These numbers are a
+first guess: no run has been made to the end. Data: `python -m data.functions.prepare`.
+
+    python rl.py config/toy_rl.py
 """
 out = "out/toy_rl"
 init_from = "out/toy_sft"

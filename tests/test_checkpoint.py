@@ -20,6 +20,8 @@ from configurator import Mistake
 from diffusion import Recipe
 from huggingface import load_tokenizer
 from model import ModelConfig, Transformer
+from optimizers import make_optimizer
+from train import Config
 
 RECIPE = Recipe("block", mask_id=2, block_size=4)
 
@@ -351,6 +353,29 @@ def test_the_settings_of_a_resumed_optimizer_are_this_runs(saved):
     assert optimizer.state[model.embed_tokens.weight]["step"] == 1
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"]) == (0.5, 0.25, (0.3, 0.4))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_a_save_before_the_first_step_changes_nothing(tok, tmp_path, name):
+    """Neither for the run that saves nor for one that goes on from there."""
+    after = []
+    for way in ("no save", "saved", "resumed"):
+        torch.manual_seed(0)
+        model = small_model(tok)
+        optimizer = make_optimizer(model, Config(optimizer=name, lr=0.1))
+        if way == "saved":
+            checkpoint.save(tmp_path / "run", 1, model, optimizer, tok, RECIPE, {}, 2)
+        if way == "resumed":
+            checkpoint.load_state(tmp_path / "run" / NAME, model, optimizer)
+        for _ in range(2):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+            optimizer.zero_grad()
+        after.append(model.state_dict())
+    for weight, tensor in after[0].items():
+        for other in after[1:]:
+            assert torch.equal(other[weight], tensor), weight
 
 
 @pytest.mark.parametrize("name", ["saving.tmp", "discarded.tmp"])

@@ -5,9 +5,12 @@ import re
 import pytest
 from conftest import ROOT
 
+import rl
 import train
+from configurator import configure
 
-CONFIGS = sorted(path.stem for path in ROOT.glob("config/*.py"))
+NAMES = sorted(path.stem for path in ROOT.glob("config/*.py"))
+CONFIGS = [name for name in NAMES if not name.endswith("_rl")]
 RANKS = {"diffucoder_7b": 80, "small": 1, "toy": 1, "toy_ar": 1}  # the others: a node of eight
 PARAMETERS = {"8b": "8,250,462,208", "seed_coder_8b_ar": "8,250,462,208",
               "coda_1p7b": "1,720,574,976", "coda_1p7b_mid": "1,720,574,976",
@@ -33,3 +36,12 @@ def test_a_config_says_how_to_plan_it_and_names_settings_that_exist(name):
     known = set(train.Config.__dataclass_fields__)
     for command in re.findall(r"train\.py ((?:[^`\n\\]|\\\n)*)", text):
         assert {key for key in re.findall(r"--(\w+)=", command)} <= known, command
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_rl")])
+def test_a_config_of_rl_goes_together(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg, _ = configure(rl.Config, [f"config/{name}.py"])
+    rl.check(cfg)
+    text = ast.get_docstring(ast.parse((ROOT / "config" / f"{name}.py").read_text("utf-8")))
+    assert f"rl.py config/{name}.py" in text

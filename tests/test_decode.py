@@ -597,6 +597,7 @@ def test_autoregressive_decoding_is_the_plain_greedy_loop_also_without_a_mask_to
 class Three:
     """Three tokens that can be written, and nothing that ends a text."""
     vocab_size, bos_id, eos_id, mask_id, pad_id, stop_ids = 5, None, None, 3, 4, set()
+    never_chosen = {3, 4}
 
 
 def orders(ranked_by, masked, sure, how):

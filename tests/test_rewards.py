@@ -18,6 +18,7 @@ from tasks import Task
 PROMPT = 'def double(x):\n    """Twice x."""\n'
 TASK = Task("t/1", PROMPT, "double", tests=DOUBLE)
 MBPP = Task("m/1", '"""\nTwice x.\n"""\n', "double", tests=DOUBLE)
+NAMELESS = Task("m/2", '"""\nSorted.\n"""\n', "", tests=("assert sorted([]) == []",))
 MODULE = "def double(x):\n    return 2 * x\n"
 isolated = pytest.mark.skipif(bool(refused()), reason="too few layers of isolation here")
 
@@ -34,11 +35,11 @@ def sandbox():
 
 def judged(sandbox, folder, answers, style="base", **cfg):
     """The Rewards of (Task, text) pairs, in order."""
-    there = Rewards(sandbox, Rewarding(**cfg), folder, style)
+    there = Rewards(sandbox, Rewarding(**cfg), folder, style, load_own(cfg.get("reward", "")))
     for key, (task, text) in enumerate(answers):
         there.submit(key, task, text)
-    found = there.collect(wait=True)
-    assert there.collect(wait=True) == {} and list(found) == list(range(len(answers)))
+    found = there.collect()
+    assert there.collect() == {} and list(found) == list(range(len(answers)))
     return list(found.values())
 
 
@@ -50,6 +51,8 @@ def judged(sandbox, folder, answers, style="base", **cfg):
     (TASK, "    return 2 * x\nSo it returns 2 * x.\n", 0), (TASK, "    return (\n", 0),
     (TASK, "    return '\\d'\n", 1), (TASK, "    return 1\0\n", 0), (TASK, "return 1\n", 0),
     (MBPP, MODULE, 1), (MBPP, "", 0), (MBPP, "def twice(x):\n    return x\n", 0),
+    (NAMELESS, "", 0), (NAMELESS, "# nothing\n", 0), (NAMELESS, "pass\n", 0), (NAMELESS, "1\n", 0),
+    (NAMELESS, "import sys\n", 0), (NAMELESS, "x = '\\d'\n", 1), (NAMELESS, "x = (\n", 0),
     (TASK, "    return " + "(" * 900 + ")" * 900, 0), (TASK, "\ud800", 0),
 ])
 def test_the_format_of_a_completion(task, text, worth):
@@ -102,18 +105,6 @@ def test_answers_through_the_sandbox(sandbox, tmp_path, style, fenced):
     assert found[0].total == 2.5 and found[0].status == "passed" and found[0].detail == ""
     assert found[4].status == "timeout" and found[1].detail.startswith("case 2: wanted 10, got 4")
     assert list(tmp_path.iterdir()) == []
-
-
-@isolated
-def test_what_is_there_is_collected_once_and_the_rest_is_waited_for(sandbox, tmp_path):
-    there = Rewards(sandbox, Rewarding(), tmp_path)
-    for key in ("a", ("b", 2)):
-        there.submit(key, TASK, "    return 2 * x\n")
-    there.submit("slow", TASK, "    import time\n    time.sleep(2)\n")
-    now = there.collect()
-    rest = there.collect(wait=True)
-    assert "slow" not in now and now.keys() | rest.keys() == {"a", ("b", 2), "slow"}
-    assert len(now) + len(rest) == 3 and there.waiting == {}
 
 
 @isolated
@@ -295,10 +286,10 @@ def test_a_sandbox_that_fails_is_an_error_with_the_program(tmp_path, error, mess
 
 
 def check_failure(folder, judge, message, **cfg):
-    there = Rewards(judge, Rewarding(**cfg), folder)
+    there = Rewards(judge, Rewarding(**cfg), folder, own=load_own(cfg.get("reward", "")))
     there.submit(3, TASK, "    return 2 * x\nand so on")
     with pytest.raises(Mistake, match=message) as caught:
-        there.collect(wait=True)
+        there.collect()
     assert "'t/1'" in str(caught.value) and str(folder / "failed_reward.json") in str(caught.value)
     assert "\n" not in str(caught.value)
     saved = json.loads((folder / "failed_reward.json").read_text())

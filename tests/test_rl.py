@@ -7,6 +7,7 @@ write it.
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,12 +24,17 @@ from safetensors.torch import load_file
 import rl
 import rollout
 from configurator import Mistake
-from decode import Decoding
+from decode import Decoding, decode
 from diffusion import Recipe
 from estimators import GIVEN, NEVER, Estimate, log_probs, passes_of
 from huggingface import load, write_model
+from report import samples_page
+from rewards import Reward
+from tasks import Task, message
+from watch import Trace, order_of
 
-WALL_CLOCK = {"seconds", "rollout_seconds", "update_seconds", "rollout_tokens_per_s"}
+WALL_CLOCK = {"seconds", "rollout_seconds", "update_seconds", "rollout_tokens_per_s",
+              "update_tokens_per_s"}
 TINY = ["--prompts=2", "--completions=4", "--max_new_tokens=16", "--decode_batch=8", "--updates=2",
         "--reference_every=4", "--max_steps=6", "--save_every=3", "--micro_batch=3", "--lr=0.02",
         "--min_lr=0.02", "--grad_clip=10", "--beta=0.1", "--passed_weight=0", "--format_weight=0",
@@ -80,36 +86,36 @@ def weights(out):
 # --- the loss -------------------------------------------------------------------------------------
 
 def straight(new, old, reference, scored, rewards, cfg):
-    """The loss of a batch by the equations, row by row and token by token, in Python's floats.
+    """The loss of a batch and its gradient, by the equations, in Python's floats.
 
     rewards: (groups, G). Rows whose group has equal rewards are in neither sum nor count.
+    Returns a number and a list like `new`.
     """
-    total, count = 0.0, 0
-    G = len(rewards[0])
+    loss, count, G = 0.0, 0, len(rewards[0])
+    slope = [[0.0] * len(row) for row in new]
     for b in range(len(new)):
         group = rewards[b // G]
         if max(group) == min(group):
             continue
         others = [r for g, r in enumerate(group) if g != b % G]
         A = group[b % G] - sum(others) / (G - 1)
-        tokens = [i for i in range(len(new[b])) if scored[b][i]]
-        if cfg.estimator == "sequence":
-            if not tokens:
-                continue
-            change = sum(new[b][i] - old[b][i] for i in tokens) / len(tokens)
-            drift = sum(reference[b][i] - new[b][i] for i in tokens) / len(tokens)
-            terms = [(change, drift)]
-        else:
-            terms = [(new[b][i] - old[b][i], reference[b][i] - new[b][i]) for i in tokens]
-        for change, drift in terms:
-            ratio = math.exp(change)
+        parts = [[i] for i in range(len(new[b])) if scored[b][i]]  # what one ratio is of
+        if cfg.estimator == "sequence" and parts:
+            parts = [[i for [i] in parts]]
+        for part in parts:
+            ratio = math.exp(sum(new[b][i] - old[b][i] for i in part) / len(part))
+            drift = sum(reference[b][i] - new[b][i] for i in part) / len(part)
             low = min(max(ratio, 1 - cfg.epsilon), 1 + cfg.epsilon)
-            kl = math.exp(drift) - 1 - drift
+            kl, of_kl = math.exp(drift) - 1 - drift, 1 - math.exp(drift)
             if cfg.estimator == "sequence":
-                kl = drift**2 / 2
-            total += cfg.beta * kl - min(ratio * A, low * A)
+                kl, of_kl = drift**2 / 2, -drift
+            is_clipped = low * A < ratio * A  # then the gain is a constant
+            of_gain = 0.0 if is_clipped else ratio * A
+            loss += cfg.beta * kl - min(ratio * A, low * A)
             count += 1
-    return total / max(1, count)
+            for i in part:
+                slope[b][i] = (cfg.beta * of_kl - of_gain) / len(part)
+    return loss / max(1, count), [[x / max(1, count) for x in row] for row in slope]
 
 
 @settings(deadline=None, max_examples=100)
@@ -117,7 +123,7 @@ def straight(new, old, reference, scored, rewards, cfg):
        st.sampled_from([1e-6, 0.2, 0.5, 0.999]), st.sampled_from([0.0, 0.01, 10.0]),
        st.sampled_from(["coupled", "sequence"]))
 def test_loss_and_gradient_equal_the_equations(seed, groups, G, epsilon, beta, estimator):
-    """To 1e-8, the gradient by central differences of the equations to 1e-5."""
+    """To 1e-8, the gradient at every token."""
     random = torch.Generator().manual_seed(seed)
     B, T = groups * G, 5
     draw = torch.rand(3, B, T, generator=random, dtype=torch.float64)
@@ -133,20 +139,12 @@ def test_loss_and_gradient_equal_the_equations(seed, groups, G, epsilon, beta, e
                                  scored[differ], rl.advantages(rewards).flatten()[differ], cfg)
     count = scored[differ].any(1).sum() if estimator == "sequence" else scored[differ].sum()
     loss = loss / max(1, int(count))
-    args = old.tolist(), reference.tolist(), scored.tolist(), rewards.tolist(), cfg
-    assert loss.item() == pytest.approx(straight(new.tolist(), *args), abs=1e-8)
     loss.backward()
-    b, i = int(torch.randint(B, (), generator=random)), int(torch.randint(T, (), generator=random))
-    ratio = (new[b, i] - old[b, i]).exp().item()
-    if min(abs(ratio - 1 - epsilon), abs(ratio - 1 + epsilon)) < 1e-3:
-        return  # at the clip's corner there is no derivative
-    shifted = []
-    for h in (1e-5, -1e-5):
-        moved = new.detach().clone()
-        moved[b, i] += h
-        shifted.append(straight(moved.tolist(), *args))
-    slope = (shifted[0] - shifted[1]) / 2e-5
-    assert new.grad[b, i].item() == pytest.approx(slope, rel=1e-4, abs=1e-6)
+    wanted, slope = straight(new.tolist(), old.tolist(), reference.tolist(), scored.tolist(),
+                             rewards.tolist(), cfg)
+    assert loss.item() == pytest.approx(wanted, abs=1e-8)
+    slope = torch.tensor(slope, dtype=torch.float64)
+    torch.testing.assert_close(new.grad, slope, atol=1e-8, rtol=1e-8)
 
 
 def test_at_the_rollouts_policy_the_gradient_is_the_policy_gradient():
@@ -219,6 +217,20 @@ def test_what_was_written_when(recipe):
                 assert confidence == "entropy" or steps == sorted(steps)
 
 
+@pytest.mark.parametrize("recipe, steps", [(BLOCK, 2), (TEXT, 5)])
+def test_tokens_of_a_step_are_ordered_as_watch_orders_them(recipe, steps):
+    net, how = random_model(seed=4, scale=0.25), Decoding(steps=steps, temperature=1.0)
+    prompts = [([0, 7, 8, 9, 10][:n], 17) for n in (1, 3, 5)]
+    rows = rollout.rows_of(2, [0, 1, 2], 1, prompts, recipe.causal_block)
+    texts = [list(row.ids) for row in rows]
+    trace = Trace(texts, Tok)
+    for _ in trace.record(decode(net, Tok, recipe, texts, how, [row.number for row in rows])):
+        pass
+    list(rollout.write_completions(net, Tok, recipe, how, rows, 3))
+    assert [row.order for row in rows] == [order_of(trace, i) for i in range(3)]
+    assert any(a > b for row in rows for a, b in zip(row.order, row.order[1:]))
+
+
 def test_verified_rollouts_are_left_to_right_ones():
     one = written_rows(BLOCK, Decoding(confidence="left_to_right", temperature=1.0))
     fast = written_rows(BLOCK, Decoding(verified=True, temperature=1.0))
@@ -251,7 +263,7 @@ def test_an_idle_row_has_nothing_to_learn_from():
     row = rollout.Row(3, 0, [7, 8, EOS, None], [GIVEN, 0, 1, NEVER], 1)
     made = rollout.stacked([row.idle()], 4, {EOS}, "cpu")
     assert not made.scored.any() and not made.completion.any()
-    assert row.end({EOS}) == 3 and row.order(4) == [1, 2]
+    assert row.end({EOS}) == 3 and row.idle().order == []
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -271,17 +283,19 @@ def test_a_policy_learns_what_is_rewarded(folder, tmp_path, estimator):
 
 
 def test_a_run_that_is_stopped_and_resumed_gives_the_same_bits(folder, tmp_path):
-    """Also in the middle of a rollout: three steps are one and a half."""
-    rl.main(settings_of(folder, tmp_path / "whole"))
-    rl.main(settings_of(folder, tmp_path / "parts", "--max_steps=3"))
+    """Also in the middle of a rollout: three steps are one and a half. The rollout after it is
+    compared with the reference that was saved."""
+    more = ["--reference_every=6", "--max_steps=8"]
+    rl.main(settings_of(folder, tmp_path / "whole", *more))
+    rl.main(settings_of(folder, tmp_path / "parts", *more, "--max_steps=3"))
     assert (tmp_path / "parts" / "step_0000003" / "state" / "rollout.json").is_file()
-    rl.main(settings_of(folder, tmp_path / "parts", "--resume=true"))
+    rl.main(settings_of(folder, tmp_path / "parts", *more, "--resume=true"))
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     whole = weights(tmp_path / "whole")
     for name, tensor in weights(tmp_path / "parts").items():
         assert torch.equal(tensor, whole[name]), name
     samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("whole", "parts")]
-    assert samples[0] == samples[1] and samples[0].count("\n") == 3 * 8
+    assert samples[0] == samples[1] and samples[0].count("\n") == 4 * 8
 
 
 def test_a_run_killed_anywhere_and_resumed_gives_the_same_bits(folder, tmp_path):
@@ -324,7 +338,9 @@ def test_groups_without_a_difference_are_left_out(folder, tmp_path):
     rl.main(settings_of(folder, tmp_path / "run", "--passed_weight=2", "--format_weight=0.5",
                         "--reward=", "--max_steps=2"))
     lines = metrics(tmp_path / "run")
-    assert lines[0]["learned"] == 0 and lines[1]["grad_norm"] is None
+    assert lines[0]["learned"] == 0
+    for name in ("grad_norm", "loss", "kl", "clip_fraction"):
+        assert lines[1][name] is None
     before = load_file(folder / "policy" / "model.safetensors")
     for name, tensor in weights(tmp_path / "run").items():
         assert torch.equal(tensor, before[name])
@@ -346,27 +362,117 @@ def test_a_signal_leaves_a_checkpoint(folder, tmp_path):
 # --- what is refused ------------------------------------------------------------------------------
 
 MISTAKES = {
-    "completions=1 leaves nothing": ["--completions=1"],
-    "epsilon=0 does not fit": ["--epsilon=0"],
-    "epsilon=-0.1 does not fit": ["--epsilon=-0.1"],
-    "must be a multiple of updates": ["--updates=3"],
-    "min_lr=1 is above lr": ["--min_lr=1"],
-    "t_low=0.9 is above t_high": ["--t_low=0.9"],
-    "verified needs": ["--verified=true", "--confidence=entropy"],
+    "completions=1 leaves nothing to compare an answer with": ["--completions=1"],
+    "epsilon=0 does not fit: epsilon is a float from 1e-06 to 0.999": ["--epsilon=0"],
+    "epsilon=-0.1 does not fit: epsilon is a float": ["--epsilon=-0.1"],
+    "reference_every=4 must be a multiple of updates=3": ["--updates=3"],
+    "min_lr=1 is above lr=0.02": ["--min_lr=1"],
+    "t_low=0.9 is above t_high=0.8": ["--t_low=0.9"],
+    "confidence='entropy' does not fit verified": ["--verified=true"],
+    "steps and verified each say how many": ["--verified=true", "--steps=2"],
     "temperature=0 does not fit": ["--temperature=0"],
-    "no file": ["--tasks=nowhere.jsonl"],
-    "no folder": ["--init_from=nowhere"],
+    "answer_prefix is for --style=instruct": ["--answer_prefix=x"],
+    "nowhere.jsonl is missing": ["--tasks=nowhere.jsonl"],
+    "nowhere.py is missing": ["--reward=nowhere.py"],
+    "no checkpoint in nowhere: it has neither": ["--init_from=nowhere"],
+    "5 of 5 tasks leave no room for an answer": ["--max_new_tokens=1", "--block_size=16"],
 }
+
+
+def refused(folder, out, *more):
+    """The one sentence that a run is refused with, before its folder is made."""
+    with pytest.raises((Mistake, OSError)) as raised:
+        rl.main(settings_of(folder, out, *more))
+    assert "\n" not in str(raised.value) and not (out / "lock").exists()
+    return str(raised.value)
 
 
 @pytest.mark.parametrize("said", MISTAKES)
 def test_a_mistake_is_one_sentence(folder, tmp_path, said):
-    with pytest.raises((Mistake, OSError)) as raised:
-        rl.main(settings_of(folder, tmp_path / "run", *MISTAKES[said]))
-    assert "\n" not in str(raised.value)
-    if not said.startswith("no "):
-        assert said.split()[0] in str(raised.value)
-    assert not (tmp_path / "run").exists()
+    assert said in refused(folder, tmp_path / "run", *MISTAKES[said])
+
+
+def test_tasks_that_cannot_be_learned_from_are_refused(folder, tmp_path):
+    lines = [json.loads(line) for line in (folder / "tasks.jsonl").read_text().splitlines()]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(line | {"test_list": []}) + "\n" for line in lines))
+    assert "line 1 of " in (said := refused(folder, tmp_path / "run", f"--tasks={file}"))
+    assert said.endswith("has no tests: neither a test nor a test_list")
+    wrong = {"canonical_solution": "    return n + 1\n"}
+    file.write_text("".join(json.dumps(line | wrong) + "\n" for line in lines))
+    said = refused(folder, tmp_path / "run", f"--tasks={file}", "--check_references=true")
+    assert "t/0 and 4 more: the reference fails the tests (failed: " in said
+
+
+def test_a_machine_that_cannot_contain_programs_is_refused(folder, tmp_path, monkeypatch):
+    def nothing_here(*args):
+        raise Mistake("programs cannot be isolated here (no network namespace)")
+
+    monkeypatch.setattr("evaluate.Sandbox", nothing_here)
+    assert refused(folder, tmp_path / "run").startswith("programs cannot be isolated here")
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "policy", tmp_path / "policy")
+    path = tmp_path / "policy" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 9}))
+    said = refused(folder, tmp_path / "run", f"--init_from={tmp_path / 'policy'}")
+    assert "its tokenizer has " in said and said.endswith(" ids, its model only 9")
+
+
+def test_the_folder_of_an_evaluation_is_refused(folder, tmp_path):
+    for name in ("settings.json", "samples.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    assert "holds the samples of evaluate.py" in refused(folder, tmp_path)
+    assert (tmp_path / "samples.jsonl").read_text() == "{}\n"
+
+
+def test_tasks_without_room_are_left_out_and_said(folder, tmp_path, capsys):
+    lines = (folder / "tasks.jsonl").read_text().splitlines()
+    long = json.loads(lines[0]) | {"task_id": "long", "prompt": "x" * 9999 + "\ndef f0(n):\n"}
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("\n".join([json.dumps(long), *lines]) + "\n")
+    rl.main(settings_of(folder, tmp_path / "run", f"--tasks={file}", "--max_steps=2"))
+    assert "1 of 6 tasks leave no room for an answer" in capsys.readouterr().out
+
+
+def test_one_process_scores_in_the_type_that_it_samples_in(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("run.fast_dtype", lambda device: "bfloat16")
+    rl.main(settings_of(folder, tmp_path / "run", "--max_steps=2", "--dtype=auto"))
+    saved = (tmp_path / "run" / "step_0000002" / "state" / "train.json").read_text()
+    assert json.loads(saved)["machine"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--confidence=max_prob"], "how likely the order was is left out"),
+    (["--top_p=0.9"], "a narrower distribution"), ([], "")])
+def test_what_trace_leaves_out_is_said(folder, tmp_path, capsys, more, said):
+    rl.main(settings_of(folder, tmp_path / "run", "--max_steps=2", "--estimator=trace", *more))
+    out = capsys.readouterr().out
+    assert said in out and ("estimator='trace'" in out) == bool(said)
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_process_ends_all_in_a_sentence(folder, tmp_path):
+    """A reward that raises on the second: the first must not wait for it."""
+    file = tmp_path / "fails.py"
+    file.write_text("import os\n\ndef reward(task, completion, verdict):\n"
+                    "    return 1 / (os.environ['RANK'] == '0')\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "rl.py", *settings_of(folder, tmp_path / "run", f"--reward={file}")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
+    assert "DistBackendError" not in done.stderr and "Connection closed" not in done.stderr
+
+
+def test_a_page_shows_what_was_asked():
+    task = Task("t/1", "PROMPT", "f", tests=("assert f()",))
+    line = {"step": 0, "rollout": 0, "row": 3, "answer": "prefix and answer", "advantage": 0.5,
+            **vars(Reward(1.0, 0.5, 1.0, 0.0, "passed", ""))}
+    asked = json.dumps(message(task)).strip('"')
+    assert asked in samples_page([line], [task], "instruct")
+    assert asked not in samples_page([line], [task], "base")
 
 
 def test_resuming_refuses_other_masks_or_tasks(folder, tmp_path):
@@ -377,12 +483,24 @@ def test_resuming_refuses_other_masks_or_tasks(folder, tmp_path):
     other.write_text((folder / "tasks.jsonl").read_text().replace("t/3", "t/33"))
     with pytest.raises(Mistake, match="prepared anew"):
         rl.main(settings_of(folder, tmp_path / "run", "--resume=true", f"--tasks={other}"))
+    with pytest.raises(Mistake, match="reward=.* is not the function"):
+        rl.main(settings_of(folder, tmp_path / "run", "--resume=true", "--reward="))
+
+
+def test_a_reference_that_was_not_saved_is_missed_in_a_sentence(folder, tmp_path):
+    rl.main(settings_of(folder, tmp_path / "run", "--max_steps=2", "--beta=0"))
+    with pytest.raises(Mistake, match="beta=0.1 needs a reference, and .* without one"):
+        rl.main(settings_of(folder, tmp_path / "run", "--resume=true"))
 
 
 def test_a_damaged_rollout_is_named(folder, tmp_path):
     rl.main(settings_of(folder, tmp_path / "run", "--max_steps=3"))
     path = tmp_path / "run" / "step_0000003" / "state" / "rollout.json"
-    for text in ("{", "[]", '{"number": 1}', '{"rows": [3], "rewards": []}'):
+    whole = json.loads(path.read_text())
+    cut = [json.dumps(whole | {name: whole[name][1:]}) for name in
+           ("rewards", "learned", "advantage", "old", "reference")]
+    beyond = json.dumps(whole | {"learned": [8, *whole["learned"][1:]]})
+    for text in ("{", "[]", '{"number": 1}', '{"rows": [3], "rewards": []}', *cut, beyond):
         path.write_text(text)
         with pytest.raises(Mistake, match="rollout.json"):
             rl.main(settings_of(folder, tmp_path / "run", "--resume=true"))

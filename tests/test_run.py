@@ -179,7 +179,7 @@ def test_a_foreign_line_in_the_metrics_goes_and_ours_stay(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     ours = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(6)]
     path.write_bytes(b"\n".join([*ours[:3], line, *ours[3:], line]))
-    run.cut_metrics(path, 4)
+    run.cut_lines(path, 4)
     assert path.read_bytes().splitlines() == ours[:4]
 
 
@@ -187,9 +187,9 @@ def test_metrics_are_cut_back_to_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(6)]
     path.write_text("\n".join(lines) + '\n{"step": 2, "lo')
-    run.cut_metrics(path, 4)
+    run.cut_lines(path, 4)
     assert path.read_text().splitlines() == lines[:4]
-    run.cut_metrics(tmp_path / "none.jsonl", 4)  # a run that never wrote any
+    run.cut_lines(tmp_path / "none.jsonl", 4)  # a run that never wrote any
     assert not (tmp_path / "none.jsonl").exists()
 
 

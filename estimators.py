@@ -30,7 +30,8 @@ import numpy as np
 import torch
 
 from configurator import Float, Int, Mistake, check_fields
-from diffusion import Noised, mask_row, noise_blocks, paired, stream, token_losses
+from diffusion import mask_row, noise_blocks, paired, read_at, spans_for, stream
+from spans import CacheSpans
 
 PAIRS = 6  # purpose of a random stream (diffusion.py, loader.py, sft.py have others)
 GIVEN, NEVER = -1, 2**31 - 1  # of Completions.written
@@ -287,19 +288,77 @@ def log_probs(model, completions, passes, recipe, temperature, banned):
     temperature) without the ids that decoding never chooses, as decode.adjusted has it.
     temperature: above 0. banned: (n,) int64.
 
-    The passes are rows of *one* forward, len(passes) · B of them: whatever its rows are, each
-    process makes the same number of forwards, and FSDP gathers the weights once. Hidden states are
-    projected on the vocabulary only where a token is read, a chunk at a time.
+    All passes are *one* forward: whatever its rows are, each process makes the same number of
+    forwards, and FSDP gathers the weights once. Hidden states are projected on the vocabulary only
+    where a token is read, a chunk at a time.
     """
-    P = len(passes)
-    hidden = torch.cat([one.masked for one in passes])  # (P · B, T) bool
-    weight = torch.cat([one.weight for one in passes])  # (P · B, T)
+    masked = torch.stack([one.masked for one in passes])  # (P, B, T)
+    weight = torch.stack([one.weight for one in passes])  # (P, B, T)
+    xt = completions.tokens.masked_fill(masked, recipe.mask_id)  # (P, B, T)
+    lay_out = after_one_clean_text if recipe.objective == "block" else a_row_each
+    rows, spans, place = lay_out(completions, xt, recipe)  # place: (P, B, T)
     read = weight != 0
-    x0 = completions.tokens.repeat(P, 1)  # (P · B, T)
-    noised = Noised(x0=x0, xt=x0.masked_fill(hidden, recipe.mask_id), masked=read, maskable=read,
-                    weight=weight, doc_start=completions.doc_start.repeat(P, 1),
-                    doc_end=completions.doc_end.repeat(P, 1))
-    losses = token_losses(model, noised, recipe, temperature=temperature, banned=banned)  # (N,)
-    weighted = losses.new_zeros(read.shape)
+    hidden = model(rows, spans, read=place[read])  # (N, d_model)
+    targets = completions.tokens.expand_as(xt)[read]  # (N,)
+    losses = model.token_loss(hidden, targets, temperature, banned)  # (N,)
+    weighted = losses.new_zeros(weight.shape)
     weighted[read] = -losses * weight[read]
-    return weighted.view(P, *completions.tokens.shape).sum(0)
+    return weighted.sum(0)
+
+
+def a_row_each(completions, xt, recipe):
+    """Where all tokens see each other: every pass is a text of its own.
+
+    xt: (P, B, T). Returns the rows (P · B, T), their Spans, and the place, among all tokens of
+    these rows, at which each token's prediction is read, (P, B, T) int64.
+    """
+    P, B, T = xt.shape
+    doc_start, doc_end = completions.doc_start.repeat(P, 1), completions.doc_end.repeat(P, 1)
+    spans = spans_for(recipe, doc_start, doc_end)
+    row = torch.arange(P * B, device=xt.device)[:, None]
+    return xt.flatten(0, 1), spans, (row * T + read_at(recipe, doc_start)).view(P, B, T)
+
+
+def after_one_clean_text(completions, xt, recipe):
+    """Block diffusion: [x0 ; xt of pass 1 ; … ; xt of pass P] in one row.
+
+    The clean text is the same in all passes, so it is computed once. Of each pass follow the
+    blocks that hold something of the completion, C tokens: nobody reads noise of the prompt.
+
+        query              sees clean          and noisy
+        clean              [0, block_end)
+        noisy, of pass p   [0, block_start)    its own block in pass p
+
+    It is the same function as P passes of [xt ; x0], at the price of one clean half and P short
+    ones. Returns what a_row_each does, for rows (B, T + P · C).
+    """
+    P, B, T = xt.shape
+    clean = spans_for(recipe, completions.doc_start, completions.doc_end)
+    place = torch.arange(T, device=xt.device).expand(B, T)
+    length = completions.doc_end[:, :1]  # (B, 1)
+    first = torch.where(completions.completion, clean.block_start, length).amin(1, keepdim=True)
+    C = int((length - first).max())
+    S = T + P * C
+
+    i = first + torch.arange(C, device=xt.device)  # (B, C): places of the noisy tokens
+    inside = i < length
+    i = torch.where(inside, i, 0)
+    block_start = torch.where(inside, clean.block_start.gather(1, i), 0)  # (B, C)
+    block_end = torch.where(inside, clean.block_end.gather(1, i), 0)
+    to_twin = [T + p * C - first for p in range(P)]  # (B, 1) each: from a place to its noisy twin's
+    own_start = [torch.where(inside, block_start + by, 0) for by in to_twin]  # P of (B, C)
+    own_end = [torch.where(inside, block_end + by, 0) for by in to_twin]
+
+    nothing = torch.zeros_like(clean.block_end)  # (B, T)
+    spans = CacheSpans(positions=torch.cat([place, *[i] * P], 1),  # (B, S) each
+                       past_start=torch.zeros_like(place[:, :1]).expand(B, S),
+                       past_end=torch.cat([clean.block_end, *[block_start] * P], 1),
+                       own_start=torch.cat([nothing, *own_start], 1),
+                       own_end=torch.cat([nothing, *own_end], 1), slots=S)
+    noisy = [pass_xt.gather(1, i) for pass_xt in xt]  # P of (B, C)
+
+    twin = torch.stack([place + by for by in to_twin])  # (P, B, T)
+    if recipe.shift:  # read at the left neighbor, which for a block's first token is clean
+        twin = torch.where(place == clean.block_start, (place - 1).clamp(min=0), twin - 1)
+    row = torch.arange(B, device=xt.device)[:, None]
+    return torch.cat([completions.tokens, *noisy], 1), spans, row * S + twin

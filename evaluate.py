@@ -168,17 +168,21 @@ def passk_settings(cfg, loaded, layers):
 
 # --- pass@k: generate, extract, judge, count ------------------------------------------------------
 
-def prompt_ids(task, loaded, cfg):
-    """What the model reads of a task, a list of ids, and how many tokens it may answer with."""
-    model, tok, _ = loaded
+def prompt_ids(task, tok, cfg):
+    """What the model reads of a task, a list of ids."""
     if cfg.style == "instruct":
         ids = tok.chat([{"role": "user", "content": message(task)}])
-        ids = ids + tok.encode(cfg.answer_prefix)
-    else:
-        ids = tok.encode(task.prompt)
-        if tok.bos_id is not None:
-            ids = [tok.bos_id, *ids]
-    context = model.cfg.context
+        return ids + tok.encode(cfg.answer_prefix)
+    ids = tok.encode(task.prompt)
+    if tok.bos_id is not None:
+        ids = [tok.bos_id, *ids]
+    return ids
+
+
+def prompt_with_room(task, loaded, cfg):
+    """The ids of a task's prompt, and how many tokens it may be answered in."""
+    model, tok, _ = loaded
+    ids, context = prompt_ids(task, tok, cfg), model.cfg.context
     if len(ids) >= context:
         raise Mistake(f"{task.where}: the prompt of {shortened(task.task_id)} has {len(ids)} "
                       f"tokens, the model's context only {context}: leave the task out")
@@ -379,7 +383,7 @@ def passk(argv):
         name = Path(cfg.init_from or huggingface.newest_run()).name
         out = cfg.out or f"out/passk_{name}_{Path(cfg.tasks).name.partition('.')[0]}"
         loaded = load(cfg, world.device)
-        prompts = [prompt_ids(task, loaded, cfg) for task in tasks]
+        prompts = [prompt_with_room(task, loaded, cfg) for task in tasks]
         texts = [[*ids, *[None] * room] for ids, room in prompts]
         cfg = settled(cfg, loaded[2], texts, loaded[0].cfg)
         settings = passk_settings(cfg, loaded, sandbox.layers)

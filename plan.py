@@ -341,22 +341,23 @@ def peak(moments):
     return max(sum(terms.values()) for terms in moments.values())
 
 
-def check_memory(model_cfg, optimizer, device_type):
-    """Raises Mistake if weights, gradients and optimizer state exceed the memory of a CPU."""
+def check_memory(model_cfg, optimizer, device_type, reference=False):
+    """Raises Mistake if weights, gradients and optimizer state, with `reference` also a frozen copy
+    of the weights in float32, exceed the memory of a CPU."""
     if device_type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return  # GPUs have allocators that say so; Windows does not tell
     root, block = weight_shapes(model_cfg)
     shapes = root + model_cfg.n_layer * block
     parameters = numel(shapes)
-    needs = 8 * parameters + optimizer_bytes(shapes, 1, optimizer)
+    needs = (12 if reference else 8) * parameters + optimizer_bytes(shapes, 1, optimizer)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of several machines each holds its share
     needs = needs * here // int(os.environ.get("WORLD_SIZE", here))
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needs > has:
         raise Mistake(
             f"a model of {parameters:,} parameters needs {needs / 1e9:,.1f} GB for its weights, "
-            f"gradients and optimizer state; this machine has {has / 1e9:,.1f} GB; a smaller "
-            "--d_model, --n_layer or --vocab_size needs less")
+            f"{'reference, ' if reference else ''}gradients and optimizer state; this machine has "
+            f"{has / 1e9:,.1f} GB; a smaller --d_model, --n_layer or --vocab_size needs less")
 
 
 def nearest(model_cfg, cfg, ranks):

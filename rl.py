@@ -304,7 +304,7 @@ def make_policy(cfg, folder, described, world, dtype):
     """The Policy of a folder, with its weights."""
     model_cfg, tok, recipe = described
     huggingface.check_weights(folder, model_cfg)
-    plan.check_memory(model_cfg, cfg.optimizer, world.device.type)
+    plan.check_memory(model_cfg, cfg.optimizer, world.device.type, reference=cfg.beta > 0)
     model = parallel.build(model_cfg, world, dtype, cfg)
     huggingface.load_weights(folder, model, parallel.my_rows)
     never = [i for i in range(model_cfg.vocab_size)
@@ -451,7 +451,8 @@ def train(cfg, world, run, rewards, tasks, val_tasks):
             taken = time.time() - learning
             run.log({"step": step, "loss": loss, "kl": kl, "clip_fraction": clipped, "lr": lr,
                      "grad_norm": grad_norm, "tokens": total, "seconds": time.time() - began,
-                     "update_seconds": taken, "update_tokens_per_s": total / taken})
+                     "update_seconds": taken, "update_tokens_per_s": total / taken,
+                     "memory_gb": plan.peak_memory(world.device) / 1e9})
             bar.update()
             solved = rollout.mean(reward.status == "passed" for reward in made.rewards)
             bar.set_postfix_str(f"solved {solved:.1%}, KL {kl or 0:.3f}", refresh=False)

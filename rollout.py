@@ -12,7 +12,6 @@ Not covered: rewards (rewards.py), what is learned from them (rl.py).
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from types import SimpleNamespace
 
 import torch
 
@@ -122,19 +121,19 @@ def chosen_tasks(seed, rollout, prompts, tasks):
     return [int(epoch_order(seed, place // tasks, tasks)[place % tasks]) for place in places]
 
 
-def rows_of(rollout, tasks, completions, prompt_ids, block):
-    """The Rows of a rollout, still empty: `completions` of each of these tasks.
+def rows_of(number, tasks, completions, prompts, block):
+    """The Rows of rollout `number`, still empty: `completions` of each of these tasks.
 
-    tasks: numbers of tasks, in the order of the rollout. prompt_ids: (ids, room) of every task,
-    see evaluate.prompt_ids. block: K, whose last block is whole; None: a text without blocks.
+    tasks: numbers of tasks, in the order of the rollout. prompts: (ids, room) of every task, see
+    with_prompts. block: K, whose last block is whole; None: a text without blocks.
     """
     rows = []
-    first = rollout * len(tasks) * completions
+    first = number * len(tasks) * completions
     if first + len(tasks) * completions > MOST_ROWS:
-        raise Mistake(f"rollout {rollout} would be beyond the {MOST_ROWS:,} rows that have noise")
+        raise Mistake(f"rollout {number} would be beyond the {MOST_ROWS:,} rows that have noise")
     for i in range(len(tasks) * completions):
         task = tasks[i // completions]
-        ids, room = prompt_ids[task]
+        ids, room = prompts[task]
         end = end_of(ids, room, block)
         if end <= len(ids):
             raise Mistake(f"a prompt of {len(ids)} tokens leaves no room for a block: raise "
@@ -151,11 +150,10 @@ def with_prompts(tasks, described, cfg, world):
     described: see huggingface.read_description.
     """
     model_cfg, tok, recipe = described
-    endless = SimpleNamespace(cfg=SimpleNamespace(context=math.inf))  # it refuses no prompt
     kept, prompts = [], []
     for task in tasks:
-        ids, room = prompt_ids(task, (endless, tok, recipe), cfg)
-        room = min(room, model_cfg.context - len(ids))
+        ids = prompt_ids(task, tok, cfg)
+        room = min(cfg.max_new_tokens, model_cfg.context - len(ids))
         if end_of(ids, room, recipe.causal_block) > len(ids):
             kept.append(task)
             prompts.append((ids, room))

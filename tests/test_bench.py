@@ -8,8 +8,9 @@ import torch
 from conftest import ROOT
 
 import model as model_file
-from bench import sampling, sampling_gpu, train_cpu, train_gpu, train_ranks
-from configurator import Mistake
+import rl
+from bench import rl_gpu, sampling, sampling_gpu, train_cpu, train_gpu, train_ranks
+from configurator import Mistake, configure
 from decode import Decoding, decode, write
 from diffusion import Draw, Recipe, corrupt, weighted_loss
 from experiments import toy_report
@@ -323,3 +324,65 @@ def test_the_floor_counts_the_weights_that_a_forward_reads():
     untied = sampling.random_model(replace(sampling.TOY, tie_embeddings=False))
     assert sampling_gpu.streamed_bytes(untied) == sampling_gpu.streamed_bytes(tied)
     assert min(sampling_gpu.bandwidths("cpu").values()) > 1e8
+
+
+# --- rl_gpu ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, said", [
+    (["--rollouts=0"], "rollouts=0 does not fit: rollouts is an int from 1 to 1,000"),
+    (["--recompute=some"], "recompute='some' does not fit"),
+    (["--smoke=true", "--data=nope"], "nope"),
+    (["--smoke=true", "--tasks=nope.jsonl"], "nope.jsonl"),
+    (["--smoke=true", "--out=/nonexistent/x.md"], "there is no folder /nonexistent"),
+    ([], "no CUDA device here; --smoke=true"),
+])
+def test_rl_gpu_refuses_before_it_draws_weights(words, said, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(rl_gpu, "random_model", None)
+    with pytest.raises(Mistake, match=said) as error:
+        rl_gpu.main(words)
+    assert "\n" not in str(error.value)
+
+
+def write_tasks(folder):
+    """A file of five tasks. Returns its path, a str."""
+    names = [f"double_{n}" for n in range(5)]
+    tasks = [{"task_id": name, "prompt": f"def {name}(n):\n", "entry_point": name, "test": "",
+              "canonical_solution": "    return 2 * n\n", "test_list": [f"assert {name}(2) == 4"]}
+             for name in names]
+    path = folder / "tasks.jsonl"
+    path.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    return str(path)
+
+
+def test_rl_gpu_makes_rollouts_and_updates_of_a_toy(data_folder, tmp_path, monkeypatch, capsys):
+    found = []
+
+    def table(*measured):
+        found.extend(measured)
+        return whole_table(*measured)
+
+    whole_table = rl_gpu.table
+    monkeypatch.setattr(rl_gpu, "table", table)
+    rl_gpu.main(["--smoke=true", "--rollouts=1", f"--data={data_folder}",
+                 f"--tasks={write_tasks(tmp_path)}"])
+    _, [rollout], updates, _ = found
+    assert (rollout["step"], [update["step"] for update in updates]) == (2, [2, 3])
+    assert rollout["learned"] == 1  # no two answers to a task have the same reward
+    assert 0 < rollout["reward"] < 1.5 and rollout["solved"] == 0
+    assert all(update["grad_norm"] > 0 and update["memory_gb"] > 0 for update in updates)
+    text = capsys.readouterr().out
+    seconds = [float(cells(text, part)[1]) for part in ("rollout: decoding", "update")]
+    assert all(value > 0 for value in seconds)
+    assert "8 answers of " in text and "learns from 100% of them, 3 at a time in 3 passes" in text
+
+
+def test_rl_gpu_as_it_is_leaves_a_tenth_of_80_gb_free(data_folder, tmp_path):
+    plans = {}
+    for beta in (0.01, 0.0):
+        cfg = rl_gpu.Config(beta=beta, data=str(data_folder), tasks=write_tasks(tmp_path))
+        asked, _ = configure(rl.Config, rl_gpu.command(cfg, tmp_path)[2:])
+        plans[beta] = rl_gpu.planned(asked, rl_gpu.describe(cfg))
+    (whole, reference), (without, none) = plans.values()
+    assert whole < 72 and none == 0
+    assert whole - without == pytest.approx(reference) == 4 * 1.720574976

@@ -223,7 +223,26 @@ def test_an_unknown_key_like_no_other_points_to_help():
 
 
 def test_a_key_without_its_value_is_refused():
-    assert "--lr needs a value" in refusal("--max_steps=3", "--lr")
+    assert "--lr needs a value: --lr=0.001" in refusal("--max_steps=3", "--lr")
+    assert "'--lr=3' is another setting" in refusal("--folder", "--lr=3")
+
+
+@dataclass
+class Flags:
+    off: bool = False
+    on: bool = True
+    unset: bool | None = None
+    other: int = 1
+
+
+@pytest.mark.parametrize("flag", ["off", "on", "unset"])
+@pytest.mark.parametrize("after", [[], ["--other=3"], ["--other", "3"], ["--on"]])
+def test_a_flag_without_its_value_is_told_how_to_say_true(flag, after):
+    with pytest.raises(ValueError) as error:
+        configure(Flags, ["--other=2", f"--{flag}", *after])
+    suggested = f"--{flag}=true"
+    assert str(error.value) == f"--{flag} needs a value: {suggested}"
+    assert getattr(configure(Flags, [suggested])[0], flag) is True
 
 
 def test_a_missing_file_names_the_nearest_one(tmp_path, monkeypatch):

@@ -433,13 +433,13 @@ def test_nothing_to_read_is_zero_and_has_a_gradient(objective, shift, name):
     assert net.layers[0].mlp.up_proj.weight.grad is not None
 
 
-def test_it_is_one_forward_for_all_passes():
+def test_it_is_one_forward_for_all_passes_and_one_clean_text():
     recipe, net, calls = recipe_of("block", False), random_model(2), []
     made = completions_of(recipe, [(3, 6, 0), (2, 9, 0)])
     net.register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0].shape))
     passes = passes_of(Estimate("coupled", pairs=2), made, recipe, seed=0, step=0)
     log_probs(net, made, passes, recipe, 1.0, BANNED)
-    assert calls == [(5 * 2, 2 * made.tokens.shape[1])]
+    assert calls == [(2, made.tokens.shape[1] + 5 * 12)]  # the blocks from the prompt's last one
 
 
 # --- the order in which it was written ------------------------------------------------------------

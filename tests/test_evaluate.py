@@ -533,7 +533,7 @@ def test_the_instruct_style_goes_through_the_template(score, tmp_path):
     loaded = load(score.folder)
     cfg = evaluate.PassK(style="instruct", answer_prefix="Sure:\n```python\n")
     task = read_tasks(score.tasks)[0]
-    ids, room = evaluate.prompt_ids(task, loaded, cfg)
+    ids, room = evaluate.prompt_with_room(task, loaded, cfg)
     assert loaded[1].decode(ids) == (
         "user: Please provide a self-contained Python script that solves the following problem in "
         "a markdown code block:\n```\ndef one():\n    return 1\n```\n\nassistant: Sure:\n"
@@ -601,6 +601,13 @@ def test_other_commands(capsys, score, tmp_path):
     with pytest.raises(Mistake, match="'pass' is no command: likelihood, passk and check are"):
         evaluate.main(["pass"])
     assert evaluate.main([]) == 0 and "python evaluate.py passk" in capsys.readouterr().out
+    assert evaluate.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("likelihood", "passk", "check"):
+        assert f"python evaluate.py {name} --help" in printed
+        with pytest.raises(SystemExit) as left:
+            evaluate.main([name, "--help"])
+        assert left.value.code == 0 and "  --init_from=" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(Mistake, match="is a file"):
         score("file/deeper")

@@ -441,6 +441,7 @@ PEAKS = [  # between them, they peak in every moment of a step
     Settings(**EIGHT_B | {"context": 256}, objective="ar", tie_embeddings=True, reduce_each=True,
              optimizer="adafactor"),
     Settings(**EIGHT_B | {"context": 256, "n_layer": 4}, ranks=8, rows=3, objective="ar"),
+    # from here on, slow
     Settings(**EIGHT_B | {"context": 512}, ranks=1, rows=1, recompute="full",
              optimizer="adafactor"),
     Settings(**EIGHT_B | {"context": 1024, "n_layer": 4}, ranks=64, rows=1, objective="ar",
@@ -450,7 +451,6 @@ PEAKS = [  # between them, they peak in every moment of a step
              rows=8),
     Settings(**EIGHT_B | {"context": 1024}, ranks=4, shard_ranks=2, rows=1,
              objective="bidirectional"),
-    # from here on, slow
     Settings(**EIGHT_B | {"n_layer": 5}, ranks=8, rows=1, reshard=False, recompute="full"),
     Settings(**EIGHT_B | {"context": 512, "n_layer": 5}, ranks=8, objective="ar",
              tie_embeddings=True, recompute="selective"),
@@ -462,7 +462,7 @@ PEAKS = [  # between them, they peak in every moment of a step
 ]
 
 
-@pytest.mark.parametrize("cases", [PEAKS[:9], pytest.param(PEAKS[9:], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [PEAKS[:4], pytest.param(PEAKS[4:], marks=pytest.mark.slow)])
 def test_the_peak_of_a_step_is_the_planned_one(cases):
     planned = [plan.peak(plan.memory(cfg.model, cfg, cfg.ranks)) for cfg in cases]
     rehearsed = result(outside(rehearsed_peaks, cases, TRITON_INTERPRET="1"))
@@ -493,6 +493,18 @@ def test_a_model_that_exceeds_a_cpus_memory_is_refused(monkeypatch, optimizer, n
         check(needs - 0.1)
     check(needs + 0.1)
     check(needs - 0.1, "cuda")  # the GPU's allocator says so
+
+
+def test_a_reference_is_another_copy_of_the_weights(monkeypatch):
+    model_cfg = Settings(**EIGHT_B | {"n_layer": 32}).model
+    machine = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 164.9e9 / 4096}  # 132.0 GB and 33.0 GB
+    monkeypatch.setattr(os, "sysconf", machine.get)
+    plan.check_memory(model_cfg, "adamw", "cpu", reference=False)
+    says = "needs 165.0 GB for its weights, reference, gradients and optimizer state; .* 164.9 GB"
+    with pytest.raises(Mistake, match=says):
+        plan.check_memory(model_cfg, "adamw", "cpu", reference=True)
+    machine["SC_PHYS_PAGES"] = 165.1e9 / 4096
+    plan.check_memory(model_cfg, "adamw", "cpu", reference=True)
 
 
 def test_each_of_several_machines_needs_memory_for_its_share(monkeypatch):

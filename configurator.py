@@ -153,10 +153,14 @@ def configure(Config, argv=None, usage="[config/file.py]"):
 
 def next_word(key, words, types_of, Config):
     """The value of `--key value`, taken from the words that follow."""
+    is_flag = bool in (types_of[key], *get_args(types_of[key]))
+    suggested = "true" if is_flag else getattr(Config, key, "…")  # a flag written alone means yes
     if not words:
-        raise Mistake(f"--{key} needs a value: --{key}={getattr(Config, key, '…')}")
+        raise Mistake(f"--{key} needs a value: --{key}={suggested}")
     name = words[0][2:].partition("=")[0]
     if words[0].startswith("--") and name in types_of:
+        if is_flag:
+            raise Mistake(f"--{key} needs a value: --{key}={suggested}")
         raise Mistake(f"--{key} needs a value, and {words[0]!r} is another setting; "
                       f"to mean that text write --{key}={words[0]!r}")
     return words.pop(0)

@@ -330,7 +330,8 @@ def after_one_clean_text(completions, xt, recipe):
         noisy, of pass p   [0, block_start)    its own block in pass p
 
     It is the same function as P passes of [xt ; x0], at the price of one clean half and P short
-    ones. Returns what a_row_each does, for rows (B, T + P · C).
+    ones; but attention has a dense mask, of (T + P · C)² pairs. Returns what a_row_each does, for
+    rows (B, T + P · C).
     """
     P, B, T = xt.shape
     clean = spans_for(recipe, completions.doc_start, completions.doc_end)

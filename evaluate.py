@@ -5,6 +5,9 @@
     python evaluate.py check --tasks=mine.jsonl     # do the references pass their own tests?
     torchrun --nproc_per_node=8 evaluate.py passk …     # each process writes its share
 
+Settings are listed by `python evaluate.py passk --help`, `python evaluate.py likelihood --help`
+and `python evaluate.py check --help`.
+
 pass@k, from top to bottom: tasks --generate--> answers --extract--> programs --judge--> verdicts
 --count--> a report. The sandbox judges while the model writes the next batch.
 

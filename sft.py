@@ -1,7 +1,7 @@
 """Supervised fine-tuning: from prompts and their answers to rows of which only answers are scored.
 
     python train.py config/toy_sft.py                # train on data/functions/train.jsonl
-    python train.py config/toy_sft.py --show_row=0   # look at a row, its scored tokens in color
+    python train.py config/toy_sft.py --show_row=0   # look at a row, its scored tokens marked
 
 A line of a .jsonl file is one sample: {"prompt": …, "completion": …}, or {"messages": [{"role": …,
 "content": …}, …]}, which the model's chat template writes. Tokens of the prompt are context: never
@@ -15,6 +15,7 @@ large to be read anew at each start (`write`; data/opencoder/prepare.py).
 Not covered: chats with tools, weights of samples, mixtures of files.
 """
 import hashlib
+import sys
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,6 +33,7 @@ from files import read_json_lines, replacing
 from loader import Batch, check_window, open_shards, rows_at_step, spread_evenly
 from templates import parts_of_chat
 from tokenizer import MULTIPLE, check_unicode, dtype_for
+from watch import is_live
 
 FILLING = 5  # purpose of a random stream (diffusion.py, loader.py have others)
 MOST_EOS = 4  # <eos> after a sample under cross_document, at most (Stable-DiffCoder)
@@ -426,34 +428,61 @@ def fingerprint(cfg):
 SCORED, FILLED, CONTEXT, PLAIN = "\x1b[30;42m", "\x1b[30;46m", "\x1b[2m", "\x1b[0m"
 
 
-def colored(batch, row, tok):
-    """A row of a Batch as text for a terminal: scored tokens on green, <eos> that fills on blue.
+def texts_of(batch, row, tok):
+    """A row of a Batch, token by token: (position, text, is special, is scored, begins a document).
 
-    Each document begins on a line of its own.
+    Control characters are dots; special tokens are names in brackets.
     """
-    lines = []
     x0, maskable = batch.x0[row].tolist(), batch.maskable[row].tolist()
     starts = batch.doc_start[row].tolist()
     for i, (token, scored) in enumerate(zip(x0, maskable)):
-        if i == 0 or starts[i] != starts[i - 1]:
+        special = token in tok.special_ids.values()
+        text = f"[{tok.hf.id_to_token(token)}]" if special else visible(tok.decode([token]))
+        yield i, text, special, scored, i == 0 or starts[i] != starts[i - 1]
+
+
+def colored(batch, row, tok):
+    """A row as text for a terminal: scored tokens on green, scored special tokens on blue."""
+    lines = []
+    for i, text, special, scored, begins in texts_of(batch, row, tok):
+        if begins:
             lines.append(f"\n{PLAIN}--- document at {i}\n")
-        text = visible(tok.decode([token]))
-        color = SCORED if scored else CONTEXT
-        if token in tok.special_ids.values():
-            text = f"[{tok.hf.id_to_token(token)}]"
-            color = FILLED if scored else CONTEXT
+        color = CONTEXT
+        if scored:
+            color = FILLED if special else SCORED
         lines.append(f"{PLAIN}{color}{text}")
     return "".join(lines) + PLAIN
 
 
+def bracketed(batch, row, tok):
+    """A row as text for a pipe or a file: each run of scored tokens between ⟦ and ⟧."""
+    lines, closing = [], ""
+    for i, text, _, scored, begins in texts_of(batch, row, tok):
+        if begins or not scored:
+            lines.append(closing)
+            closing = ""
+        if begins:
+            lines.append(f"\n--- document at {i}\n")
+        if scored and not closing:
+            text, closing = f"⟦{text}", "⟧"
+        lines.append(text)
+    return "".join(lines) + closing
+
+
 def show_row(data, number, tok):
-    """Print a row: what a model would learn from it. data: Samples, or loader.Windows."""
+    """Print a row: what a model would learn from it. data: Samples, or loader.Windows.
+
+    In color on a terminal; in a pipe, or with NO_COLOR or TERM=dumb, with brackets.
+    """
     if number >= len(data):
         raise Mistake(f"show_row={number} is beyond the last row, {len(data) - 1}")
     batch = data.batch([number])
-    print(colored(batch, 0, tok))
-    print(f"row {number}: {int(batch.maskable.sum())} of {data.T} tokens are scored: "
-          f"{SCORED}text{PLAIN} and {FILLED}[special tokens]{PLAIN}")
+    text, legend = bracketed(batch, 0, tok), "⟦text⟧ and ⟦[special tokens]⟧"
+    if is_live(sys.stdout):
+        text = colored(batch, 0, tok)
+        legend = f"{SCORED}text{PLAIN} and {FILLED}[special tokens]{PLAIN}"
+    count = int(batch.maskable.sum())
+    print(f"{text}\nrow {number}: {count} of {data.T} tokens are scored: {legend}")
 
 
 def check(cfg):

@@ -113,7 +113,7 @@ class Config:
     reduce_each: bool = False  # exchange gradients per micro-batch: less memory, more traffic
     peak_tflops: Float(0, 1e6) = 0.0  # of one device, for the MFU; 0: looked up by its name
     # planning
-    show_row: Int(0, 2**40) | None = None  # print this row of the data, in color, and do nothing
+    show_row: Int(0, 2**40) | None = None  # print a row, scored tokens in color, or in ⟦⟧ in a pipe
     dry_run: bool = False  # print what the run would take (plan.py) and do nothing
     ranks: Int(0, 2**20) = 0  # dry_run: processes to plan for; 0: as many as run
     gpu_memory: Float(0.001, 1e6) = 80.0  # dry_run: memory of a device, in GB (10⁹ bytes)

@@ -9,9 +9,10 @@ tests; with equal rewards there would be nothing to learn, and no update. So the
 function of the user's kind (`--reward`): a hash of the answer's text, which says nothing about the
 answer, but differs between two of them. The sandbox judges all answers nonetheless.
 
-The plan is plan.py's, of a training step with as many rows as the update has answers × passes, and
-the reference's weights besides. Rollouts are plain values in the host's memory. Writes
-bench/results/rl_<device>.md.
+The plan is plan.py's, of a training step whose rows are as long as an update's, and the reference's
+weights besides. It takes every token as read, and leaves out the masks of attention, which are
+dense here: 2 bytes for each query, key and head of a group, in each block. Rollouts are plain
+values in the host's memory. Writes bench/results/rl_<device>.md.
 
 Not covered: several GPUs; what trained weights change: answers that end early, programs that run
 for longer than it takes to see that they do not parse, drafts that are right; other estimators.
@@ -52,7 +53,7 @@ class Config:
     rollouts: Int(1, 1000) = 2  # measured rollouts, after one that loads kernels and tunes
     prompts: Int(1, 4096) = 8  # tasks of a rollout, eight answers each
     max_new_tokens: Int(4, 2**14) = 256  # longest answer, in tokens
-    micro_batch: Int(1, 4096) = 4  # answers per forward of an update, three passes of each
+    micro_batch: Int(1, 4096) = 8  # answers per forward of an update, in three passes
     recompute: Literal["none", "selective", "full"] = "none"  # activations, to save memory
     beta: Float(0, 1e3) = 0.01  # weight of the KL to the reference; 0: there is no reference
     data: Name = "data/stdlib"  # any prepared folder, for its tokenizer
@@ -106,16 +107,22 @@ def command(cfg, scratch):
     return words
 
 
+def row_length(prompts, passes):
+    """Tokens of the longest row of an update: the clean text, and its completion in each pass (see
+    estimators.after_one_clean_text). prompts: (ids, room) of each task."""
+    texts = [(end_of(ids, room, K), len(ids) // K * K) for ids, room in prompts]
+    return max(end for end, _ in texts) + passes * max(end - first for end, first in texts)
+
+
 def planned(asked, described):
     """GB of an update and, of these, of the reference. asked: rl.py's settings. described: the
     model's config, tokenizer and recipe."""
     model_cfg = described[0]
     _, prompts = with_prompts(tasks_of(asked), described, asked, World(0, 1, torch.device("cpu")))
-    longest = max(end_of(ids, room, K) for ids, room in prompts)
-    passes = 1 + 2 * asked.pairs
-    rows = passes * asked.prompts * asked.completions
-    step = train.Config(objective="block", block_size=K, shift=False, context=longest,
-                        batch_tokens=rows * longest, micro_batch=passes * asked.micro_batch,
+    length, rows = row_length(prompts, 1 + 2 * asked.pairs), asked.prompts * asked.completions
+    # to plan.py, these are rows without a second half, of which every token is read
+    step = train.Config(objective="bidirectional", shift=False, context=length,
+                        batch_tokens=rows * length, micro_batch=asked.micro_batch,
                         optimizer=asked.optimizer, recompute=asked.recompute)
     root, block = plan.weight_shapes(model_cfg)
     reference = 0

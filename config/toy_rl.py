@@ -1,8 +1,9 @@
 """coupled-GRPO at toy scale: the demo's model learns the hard functions from their tests alone.
 
 It goes on from config/toy_sft.py. Nobody shows it a solution: it writes eight answers to a task,
-the sandbox runs them, and what does better than its siblings becomes likelier. These numbers are a
-first guess: no run has been made to the end. Data: `python -m data.functions.prepare`.
+the sandbox runs them, and what does better than its siblings becomes likelier. Each rollout is used
+for one update, since new answers are cheap here. With a learning rate of 1e-3 the policy is worse
+after 16 steps than before. Two CPU cores, 15 minutes. Data: `python -m data.functions.prepare`.
 
     python rl.py config/toy_rl.py
 """
@@ -19,16 +20,17 @@ confidence = "entropy"
 decode_batch = 128
 
 estimator = "coupled"
-updates = 2
+updates = 1
 epsilon = 0.5
 beta = 0.01
 reference_every = 64
 
-max_steps = 200
+max_steps = 80
 micro_batch = 32
-lr = 1e-4
-min_lr = 1e-5
+lr = 3e-4
+min_lr = 3e-5
+lr_warmup_steps = 4
 weight_decay = 0.0
 grad_clip = 0.2
-eval_every = 50
-save_every = 50
+eval_every = 20
+save_every = 20

@@ -218,9 +218,8 @@ def draw(results, estimates, tokens, path):
     plt.close(figure)
 
 
-def main(argv=None):
-    cfg, _ = configure(Config, argv)
-    check_out(cfg.out)
+def compare(cfg):
+    """({estimate: (figures, forwards)}, {estimate: what `measure` found}, the model's Recipe)."""
     torch.set_num_threads(cfg.threads)
     model, tok, recipe = huggingface.load(cfg.init_from, "cpu", torch.float32)
     ways = ways_of(cfg)
@@ -240,10 +239,21 @@ def main(argv=None):
             forwards[name] = max(forwards[name], passes)
     results = {name: (figures(found, estimates["trace"]), forwards[name])
                for name, found in estimates.items()}
-    tokens = sum(values.shape[1] for values in estimates["trace"])
-    if tokens == 0:
+    if tokens_of(estimates) == 0:
         raise Mistake(f"{cfg.init_from} wrote nothing: all completions are empty")
+    return results, estimates, recipe
 
+
+def tokens_of(estimates):
+    """How many tokens all completions have together."""
+    return sum(values.shape[1] for values in estimates["trace"])
+
+
+def main(argv=None):
+    cfg, _ = configure(Config, argv)
+    check_out(cfg.out)
+    results, estimates, recipe = compare(cfg)
+    tokens = tokens_of(estimates)
     words = sys.argv[1:] if argv is None else argv
     typed = " ".join(["python -m experiments.estimators", *words])
     about = (f"{cfg.init_from}, {recipe.objective}, K = {recipe.block_size}; {cfg.completions} "

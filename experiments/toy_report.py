@@ -158,19 +158,24 @@ def has_numbers(metrics, names):
 
 
 def draw_losses(runs, path):
-    """Training loss and held-out NELBO of each run, in nats per token, over the tokens it read."""
+    """Training and held-out loss of two runs, in nats per token, over the tokens each has read.
+
+    runs: (folder of the autoregressive run, folder of the block-diffusion run). The held-out loss
+    of the former is its negative log-likelihood (NLL), that of the latter a bound on it (NELBO).
+    """
+    panels = (("autoregressive", "NLL"), ("block diffusion", "NELBO"))
     figure, axes = plt.subplots(1, len(runs), figsize=(9, 3.4), sharey=True)
-    for axis, (name, run) in zip(axes, runs.items()):
+    for axis, (name, held_out), run in zip(axes, panels, runs):
         steps, evaluations = read_metrics(run)
         per_step = steps[0]["tokens"] / 1e6
         axis.plot([m["tokens"] / 1e6 for m in steps], [m["loss"] for m in steps], lw=0.8,
                   label="training loss")
         axis.plot([m["step"] * per_step for m in evaluations],
-                  [m["val_nelbo"] for m in evaluations], "o-", label="held-out NELBO")
+                  [m["val_nelbo"] for m in evaluations], "o-", label=f"held-out {held_out}")
         axis.set(title=name, xlabel="million tokens")
         axis.grid(alpha=0.3)
+        axis.legend()
     axes[0].set_ylabel("nats per token")
-    axes[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -229,7 +234,7 @@ def main(argv=None):
     print(report)
     out = Path(cfg.block)
     write_text(out / "report.md", report)
-    draw_losses({"autoregressive": cfg.ar, "block diffusion": cfg.block}, out / "loss.png")
+    draw_losses((cfg.ar, cfg.block), out / "loss.png")
     print(f"written to {out / 'report.md'} and {out / 'loss.png'}")
 
 

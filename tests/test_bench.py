@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import model as model_file
 import rl
+import rollout
 from bench import rl_gpu, sampling, sampling_gpu, train_cpu, train_gpu, train_ranks
 from configurator import Mistake, configure
 from decode import Decoding, decode, write
 from diffusion import Draw, Recipe, corrupt, weighted_loss
+from estimators import GIVEN, Estimate, after_one_clean_text, passes_of
 from experiments import toy_report
 from huggingface import load_tokenizer
 from loader import Windows
@@ -366,10 +370,10 @@ def test_rl_gpu_makes_rollouts_and_updates_of_a_toy(data_folder, tmp_path, monke
     monkeypatch.setattr(rl_gpu, "table", table)
     rl_gpu.main(["--smoke=true", "--rollouts=1", f"--data={data_folder}",
                  f"--tasks={write_tasks(tmp_path)}"])
-    _, [rollout], updates, _ = found
-    assert (rollout["step"], [update["step"] for update in updates]) == (2, [2, 3])
-    assert rollout["learned"] == 1  # no two answers to a task have the same reward
-    assert 0 < rollout["reward"] < 1.5 and rollout["solved"] == 0
+    _, [written], updates, _ = found
+    assert (written["step"], [update["step"] for update in updates]) == (2, [2, 3])
+    assert written["learned"] == 1  # no two answers to a task have the same reward
+    assert 0 < written["reward"] < 1.5 and written["solved"] == 0
     assert all(update["grad_norm"] > 0 and update["memory_gb"] > 0 for update in updates)
     text = capsys.readouterr().out
     seconds = [float(cells(text, part)[1]) for part in ("rollout: decoding", "update")]
@@ -386,3 +390,19 @@ def test_rl_gpu_as_it_is_leaves_a_tenth_of_80_gb_free(data_folder, tmp_path):
     (whole, reference), (without, none) = plans.values()
     assert whole < 72 and none == 0
     assert whole - without == pytest.approx(reference) == 4 * 1.720574976
+
+
+@settings(deadline=None, max_examples=30)
+@given(texts=st.lists(st.tuples(st.integers(1, 9), st.integers(4, 13)), min_size=1, max_size=4))
+def test_rl_gpu_plans_rows_as_long_as_those_of_an_update(texts):
+    prompts = [([5] * length, room) for length, room in texts]
+    rows = rollout.rows_of(0, list(range(len(texts))), 1, prompts, rl_gpu.K)
+    for row in rows:  # as a model writes that never ends
+        row.ids = [token or 6 for token in row.ids]
+        row.written = [step if step == GIVEN else 0 for step in row.written]
+    recipe = Recipe("block", block_size=rl_gpu.K, mask_id=1)
+    batch = rollout.stacked(rows, rl_gpu.K, {3}, "cpu")
+    passes = passes_of(Estimate("coupled"), batch, recipe, seed=0, step=0)
+    xt = torch.stack([one.masked for one in passes]).long()
+    computed, _, _ = after_one_clean_text(batch, xt, recipe)
+    assert computed.shape == (len(texts), rl_gpu.row_length(prompts, len(passes)))

@@ -7,6 +7,7 @@ write it.
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from configurator import Mistake
 from decode import Decoding, decode
 from diffusion import Recipe
 from estimators import GIVEN, NEVER, Estimate, log_probs, passes_of
+from experiments import shootout, toy_rl
 from huggingface import load, write_model
 from report import samples_page
 from rewards import Reward
@@ -35,7 +37,7 @@ from tasks import Task, message
 from watch import Trace, order_of
 
 WALL_CLOCK = {"seconds", "rollout_seconds", "update_seconds", "rollout_tokens_per_s",
-              "update_tokens_per_s"}
+              "update_tokens_per_s", "memory_gb"}
 TINY = ["--prompts=2", "--completions=4", "--max_new_tokens=16", "--decode_batch=8", "--updates=2",
         "--reference_every=4", "--max_steps=6", "--save_every=3", "--micro_batch=3", "--lr=0.02",
         "--min_lr=0.02", "--grad_clip=10", "--beta=0.1", "--passed_weight=0", "--format_weight=0",
@@ -503,3 +505,65 @@ def test_a_damaged_rollout_is_named(folder, tmp_path):
         path.write_text(text)
         with pytest.raises(Mistake, match="rollout.json"):
             rl.main(settings_of(folder, tmp_path / "run", "--resume=true"))
+
+
+# --- experiments ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def config(folder, tmp_path):
+    """A config file of the tiny settings, with an evaluation at the end."""
+    words = [*settings_of(folder, ""), f"--val_tasks={folder / 'tasks.jsonl'}"]
+    settings = [word.removeprefix("--").split("=", 1) for word in words]
+    lines = ["check_references = False"]
+    for name, value in settings:
+        if name not in ("out", "threads", "check_references"):
+            lines.append(f"{name} = {value if value[0].isdigit() else repr(value)}")
+    path = tmp_path / "tiny.py"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.slow
+def test_the_report_of_a_toy_run_has_what_its_runs_measured(folder, config, tmp_path):
+    tasks, report = folder / "tasks.jsonl", tmp_path / "report.md"
+    toy_rl.main([f"--config={config}", f"--init_from=(\"{folder / 'policy'}\",)", "--seeds=(1, 2)",
+                 f"--out={tmp_path / 'runs'}", f"--tasks={tasks}", f"--easier={tasks}",
+                 "--max_new_tokens=16", "--steps=(4, 1)", f"--report={report}"])
+    text = report.read_text()
+    for line in ("pass@1, 4 forwards per block", "local AR-ness@1, temperature 1"):
+        assert re.search(rf"\| {re.escape(line)} (\| \d+.\d% → \d+.\d% ){{3}}\|", text), text
+    assert toy_rl.steps_done(tmp_path / "runs" / "seed_2") == 6
+    assert report.with_suffix(".png").is_file()
+
+
+@pytest.mark.slow
+def test_a_shoot_out_spends_its_budget(folder, config, tmp_path):
+    """Block size 4: a rollout costs 5 for writing, and 5 per pass."""
+    report, K = tmp_path / "report.md", load(folder / "policy")[2].block_size
+    shootout.main([f"--config={config}", f"--init_from={folder / 'policy'}", "--seeds=(1,)",
+                   f"--out={tmp_path / 'runs'}", "--budget=50", f"--report={report}",
+                   f"--tasks={folder / 'tasks.jsonl'}", "--completions=5"])
+    passes = {"masked": 1, "coupled": 3, "independent": 3, "sequence": 2, "trace": K}
+    for name, count in passes.items():
+        steps = max(1, round(50 / (K + 1 + 5 * count)))
+        lines = toy_rl.metrics(tmp_path / "runs" / f"{name}_1")
+        assert sum("update_seconds" in line for line in lines) == steps
+        after = [line["val_pass@1"] for line in lines if "val_pass@1" in line][-1]
+        assert re.search(rf"\| {name} \| {count} \| {steps} .*\| {after:.1%} \|",
+                         report.read_text())
+    assert report.with_suffix(".png").is_file()
+
+
+def test_a_run_that_fails_shows_the_end_of_what_it_printed(tmp_path):
+    with pytest.raises(Mistake, match="run in .* failed: .*completions=1 leaves nothing"):
+        toy_rl.learn({str(tmp_path / "run"): ["--completions=1"]}, 2)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--init_from=('a', 'b')"], "must be one folder, or one for each of the seeds"),
+    (["--steps=(0,)"], "steps=.* must be whole numbers above 0"),
+    (["--seeds=()"], "init_from=.* must be one folder"),
+])
+def test_experiments_refuse_at_once(words, says):
+    with pytest.raises(Mistake, match=says):
+        toy_rl.main(words)

@@ -5,6 +5,7 @@ bound. Losses are compared in float64.
 """
 import json
 import os
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil
@@ -789,7 +790,36 @@ def test_a_folder_with_tokens_beyond_the_vocabulary_is_refused(vocabulary, tmp_p
 
 # --- a row to look at -----------------------------------------------------------------------------
 
-def test_a_row_is_shown_with_what_is_scored_in_color(vocabulary, capsys):
+def pretend_terminal(monkeypatch):
+    """Have standard output say that it is a terminal in color."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+@pytest.mark.parametrize("why", ["not a terminal", "TERM=dumb", "NO_COLOR=1"])
+def test_where_there_is_no_color_brackets_hold_what_is_scored(vocabulary, capsys, monkeypatch,
+                                                              why):
+    pretend_terminal(monkeypatch)
+    if why == "not a terminal":
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    else:
+        monkeypatch.setenv(*why.split("="))
+    tok = tokenizer(CHATML, vocabulary)
+    pieces = [sft.pieces_of("", {"prompt": "def", "completion": "(x)\n"}, tok)]
+    [(ids, scored)] = sft.encode(pieces, tok)
+    data = Samples(Store.of([(ids, scored, "")] * 2), 32, tok)
+    sft.show_row(data, 0, tok)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    one = "[<bos>]def⟦(x)\n" + "[<eos>]" * (len(ids) // 8 * 8 + 8 - len(ids)) + "⟧"
+    documents = [text.split("\n", 1)[1] for text in shown.split("--- document at ")[1:3]]
+    assert documents[0] == one + "\n" and documents[1].startswith(one)
+    assert "tokens are scored: ⟦text⟧ and ⟦[special tokens]⟧" in shown
+
+
+def test_a_row_is_shown_with_what_is_scored_in_color(vocabulary, capsys, monkeypatch):
+    pretend_terminal(monkeypatch)
     tok = tokenizer(CHATML, vocabulary)
     pieces = [sft.pieces_of("", {"prompt": "def\x1b", "completion": "(x)\n"}, tok)]
     [(ids, scored)] = sft.encode(pieces, tok)

@@ -244,8 +244,12 @@ class KVCache:
         cfg = model.cfg
         self.slots = slots
         shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.head_dim)
+        weight = model.embed_tokens.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):  # keys and values are products
+            dtype = torch.get_autocast_dtype(weight.device.type)
         # zeros, since a masked slot has weight 0 in attention, and 0 times NaN is NaN
-        self.k = model.embed_tokens.weight.new_zeros(shape)
+        self.k = weight.new_zeros(shape, dtype=dtype)
         self.v = torch.zeros_like(self.k)
 
     def extend(self, layer, slots, seen, k, v):

@@ -101,7 +101,7 @@ class Config(Judging, Estimate, Rewarding):
     log: Literal["none", "tensorboard", "wandb"] = "none"  # metrics go there too
     # machine
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first that is available
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32, with FSDP what is fast
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where it is fast
     threads: Int(0, 4096) = 0  # CPU threads of a process; 0: all cores, or what torchrun gives
     compile: bool = False  # torch.compile of each block
     recompute: Literal["none", "selective", "full"] = "none"  # activations, to save memory
@@ -203,10 +203,10 @@ def write_and_judge(rows, how, policy, cfg, tasks, rewards):
     seconds of the decoding. What one process raises, all raise: they would wait for it forever.
     """
     model, world = policy.model, policy.world
-    how = replace(how, graphs=world.mesh is None)  # FSDP's hooks do not belong into a recording
+    how = replace(how, graphs=False)  # autocast's and FSDP's work does not belong into a recording
     found, seconds, errors, began = {}, 0, [], time.time()
     try:
-        with parallel.weights_kept(model, world, cfg.reshard):
+        with parallel.weights_kept(model, world, cfg.reshard), policy.autocast():
             for batch in rollout.write_completions(model, policy.tok, policy.recipe, how, rows,
                                                    cfg.decode_batch):
                 for row in batch:
@@ -250,11 +250,11 @@ def passes_over(rows, step, policy, cfg):
     return batch, passes_of(cfg, batch, policy.recipe, cfg.seed, step)
 
 
-def remember(made, net, into, first_step, policy, cfg):
-    """Append to `into`, for each update of a rollout, log_probs of its learned rows under `net`."""
+def remember(made, net, into, steps, policy, cfg):
+    """Append to `into`, for each of these updates, log_probs of the learned rows under `net`."""
     share = rollout.my_share(made.learned, policy.world)
     rows = rollout.rows_at(made, share)
-    for step in range(first_step, first_step + cfg.updates):
+    for step in steps:
         values = []
         for start in range(0, len(rows), cfg.micro_batch):
             batch, passes = passes_over(rows[start:start + cfg.micro_batch], step, policy, cfg)
@@ -369,8 +369,6 @@ def train(cfg, world, run, rewards, tasks, val_tasks):
     """Set up, then one optimizer step after another. Returns the exit code."""
     fingerprint = world.first(partial(digest, cfg))
     check_resumed(run, cfg, fingerprint)
-    if cfg.dtype == "auto" and world.mesh is None:  # as rollouts are: what samples is scored
-        cfg = replace(cfg, dtype="float32")
     machine = pick_machine(cfg, world, run.saved)
     dtype = getattr(torch, machine["dtype"])
     folder = run.checkpoint or huggingface.find(cfg.init_from)
@@ -412,9 +410,10 @@ def train(cfg, world, run, rewards, tasks, val_tasks):
                 if reference is not None and step % cfg.reference_every == 0:
                     copy_weights(model, reference)
                 made, seconds = roll_out(step // cfg.updates, policy, cfg, tasks, prompts, rewards)
-                remember(made, model, made.old, step, policy, cfg)
+                steps = range(step, step + cfg.updates)
+                remember(made, model, made.old, steps[1:], policy, cfg)
                 if reference is not None:
-                    remember(made, reference, made.reference, step, policy, cfg)
+                    remember(made, reference, made.reference, steps, policy, cfg)
                 figures = rollout.figures(made, tok)
                 run.log({"step": step, **figures, "rollout_seconds": time.time() - began,
                          "rollout_tokens_per_s": figures["length"] * len(made.rows) / seconds})
@@ -435,7 +434,9 @@ def train(cfg, world, run, rewards, tasks, val_tasks):
                 with policy.autocast():
                     new = log_probs(model, batch, passes, policy.recipe, cfg.temperature,
                                     policy.banned)
-                    old = rollout.padded(made.old[update], places, new)
+                    old = new.detach()  # at first, the policy is still the one that wrote
+                    if update:
+                        old = rollout.padded(made.old[update - 1], places, new)
                     against = None
                     if reference is not None:
                         against = rollout.padded(made.reference[update], places, new)

@@ -66,7 +66,7 @@ class Rollout:
     rows, rewards: those to a task side by side. learned: places of the rows whose group has rewards
     that differ; the others do not say what is better. advantage: of these. old, reference: for each
     update and each of these, a list of a number per token: log_probs under the policy that wrote
-    them and under the reference.
+    them, but for the first update, and under the reference.
     """
     number: int
     rows: list
@@ -96,12 +96,12 @@ class Rollout:
 
     def fits(self, updates, with_reference):
         """Whether all lists have the lengths that they must have."""
-        counts, estimates = [len(self.old)], self.old
+        enough = len(self.old) == updates - 1
         if with_reference:
-            counts, estimates = [len(self.old), len(self.reference)], self.old + self.reference
+            enough = enough and len(self.reference) == updates
+        estimates = self.old + self.reference
         lengths = [len(part) for part in (self.advantage, *estimates)]
-        return (len(self.rewards) == len(self.rows) > 0
-                and all(count == updates for count in counts)
+        return (enough and len(self.rewards) == len(self.rows) > 0
                 and all(length == len(self.learned) for length in lengths)
                 and all(0 <= place < len(self.rows) for place in self.learned)
                 and all(len(row.ids) == len(row.written) for row in self.rows)

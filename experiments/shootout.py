@@ -8,8 +8,8 @@ what is cheap may learn from more answers. Each spends the same number of forwar
 every answer of a rollout as
 
     writing   K + 1 in blocks of K: each token is computed K times as noise and once clean
-    updates   5 per pass of the estimate and update: the policy that wrote, the reference, and the
-              policy that learns, whose backward pass counts as two
+    updates   4 per pass of the estimate: the reference, and the policy that learns, whose backward
+              pass counts as two
 
 Bias and variance are those of each estimate on the model that all begin with: how far it is from
 the log-probability of the policy that sampled (experiments/estimators.py). Writes REPORT and the
@@ -63,7 +63,12 @@ def passes_of(name, K):
 
 def rollouts_of(name, K, cfg):
     """How many rollouts the budget holds, with one update of each."""
-    return max(1, round(cfg.budget / (K + 1 + 5 * passes_of(name, K))))
+    return max(1, round(cfg.budget / cost_of(name, K)))
+
+
+def cost_of(name, K):
+    """Forwards of a rollout and its update, per answer."""
+    return K + 1 + 4 * passes_of(name, K)
 
 
 def jobs_of(K, cfg):
@@ -119,7 +124,7 @@ def draw(results, K, cfg, path):
     """pass@1 over forwards, and reward over forwards, means over seeds; pass@1 of each run."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8))
     for place, name in enumerate(NAMES):
-        cost = K + 1 + 5 * passes_of(name, K)  # forwards of a rollout
+        cost = cost_of(name, K)
         runs = [metrics(f"{cfg.out}/{name}_{seed}") for seed in cfg.seeds]
         for axis, key in ((left, "val_pass@1"), (middle, "reward")):
             curves = [[line[key] for line in run if key in line] for run in runs]

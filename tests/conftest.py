@@ -1,9 +1,11 @@
-"""What all tests share: the `slow` mark, one thread per process, a small prepared corpus."""
+"""What all tests share: the `slow` mark, one thread per process, a small prepared corpus, signals
+as they were."""
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # parallel runs would fight over the cores
 
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +25,14 @@ def pytest_configure(config):
     # single processes save and load too
     config.addinivalue_line("filterwarnings", "ignore:torch.distributed is disabled")
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def handlers_restored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def prepare(source, out, *settings):

@@ -36,14 +36,7 @@ from tasks import Task, program, read_tasks, reference
 
 OWN = ROOT / "tests" / "tasks"
 
-
-@pytest.fixture(autouse=True)
-def handlers_restored():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
+pytestmark = pytest.mark.usefixtures("handlers_restored")
 
 # --- pass@k ---------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from naive_decoder import EOS, MASK, Tok, random_model
 from reference import write_tiny_run
 from safetensors.torch import load_file
 
+import caches
 import rl
 import rollout
 from configurator import Mistake
@@ -31,6 +32,7 @@ from diffusion import Recipe
 from estimators import GIVEN, NEVER, Estimate, log_probs, passes_of
 from experiments import shootout, toy_rl
 from huggingface import load, write_model
+from model import KVCache
 from report import samples_page
 from rewards import Reward
 from tasks import Task, message
@@ -43,13 +45,7 @@ TINY = ["--prompts=2", "--completions=4", "--max_new_tokens=16", "--decode_batch
         "--min_lr=0.02", "--grad_clip=10", "--beta=0.1", "--passed_weight=0", "--format_weight=0",
         "--threads=1", "--dtype=float32", "--device=cpu", "--check_references=false"]
 
-
-@pytest.fixture(autouse=True)
-def handlers_restored():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("handlers_restored")
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +310,21 @@ def test_a_run_killed_anywhere_and_resumed_gives_the_same_bits(folder, tmp_path)
     assert samples[0] == samples[1]
 
 
+def test_rollouts_are_written_in_the_dtype_of_the_updates(folder, tmp_path, monkeypatch):
+    found = []
+
+    class Seen(KVCache):
+        def __init__(self, model, *shape):
+            super().__init__(model, *shape)
+            found.append(self.k.dtype)
+
+    monkeypatch.setattr(caches, "KVCache", Seen)
+    for dtype in ("float32", "bfloat16"):
+        rl.main(settings_of(folder, tmp_path / dtype, "--max_steps=2", f"--dtype={dtype}"))
+        assert set(found) == {getattr(torch, dtype)}
+        found.clear()
+
+
 @pytest.mark.parametrize("estimator", ["coupled", *(pytest.param(name, marks=pytest.mark.slow)
                                                     for name in ("sequence", "trace"))])
 def test_two_processes_give_what_one_gives(folder, tmp_path, estimator):
@@ -538,14 +549,14 @@ def test_the_report_of_a_toy_run_has_what_its_runs_measured(folder, config, tmp_
 
 @pytest.mark.slow
 def test_a_shoot_out_spends_its_budget(folder, config, tmp_path):
-    """Block size 4: a rollout costs 5 for writing, and 5 per pass."""
+    """A rollout costs K + 1 for writing, and 4 per pass."""
     report, K = tmp_path / "report.md", load(folder / "policy")[2].block_size
     shootout.main([f"--config={config}", f"--init_from={folder / 'policy'}", "--seeds=(1,)",
                    f"--out={tmp_path / 'runs'}", "--budget=50", f"--report={report}",
                    f"--tasks={folder / 'tasks.jsonl'}", "--completions=5"])
     passes = {"masked": 1, "coupled": 3, "independent": 3, "sequence": 2, "trace": K}
     for name, count in passes.items():
-        steps = max(1, round(50 / (K + 1 + 5 * count)))
+        steps = max(1, round(50 / (K + 1 + 4 * count)))
         lines = toy_rl.metrics(tmp_path / "runs" / f"{name}_1")
         assert sum("update_seconds" in line for line in lines) == steps
         after = [line["val_pass@1"] for line in lines if "val_pass@1" in line][-1]

@@ -256,9 +256,9 @@ def main(argv=None):
     tokens = tokens_of(estimates)
     words = sys.argv[1:] if argv is None else argv
     typed = " ".join(["python -m experiments.estimators", *words])
-    about = (f"{cfg.init_from}, {recipe.objective}, K = {recipe.block_size}; {cfg.completions} "
-             f"completions of {cfg.tasks}, {tokens} scored tokens, written by {cfg.confidence} at "
-             f"temperature {cfg.temperature:g}; λ = {cfg.pairs}, {cfg.draws} draws, seed "
+    kind = f"block, K = {recipe.block_size}" if recipe.causal_block else recipe.objective
+    about = (f"{cfg.init_from}, {kind}; {cfg.completions} completions of {cfg.tasks}, {tokens} "
+             f"scored tokens, written by {cfg.confidence} at temperature {cfg.temperature:g}; λ = {cfg.pairs}, {cfg.draws} draws, seed "
              f"{cfg.seed}. Bias and distance: from `trace`, the policy that sampled, on the scored "
              "tokens. Distance: root mean square over completions and draws.")
     report = "\n".join([f"# Estimates of a completion's log-probability, {date.today()}", "",

@@ -424,6 +424,7 @@ def test_torchrun_restarts_a_new_run_and_a_resumed_one(data_folder, tmp_path, fi
         assert metrics(out) == metrics(whole) and weights(out) == weights(whole)
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_run_that_is_preempted_or_stopped_saves_a_checkpoint_and_all_leave(
         data_folder, runs, two, tmp_path):

@@ -368,6 +368,7 @@ def sharded(cases, processes, tmp_path):
         assert sums == 4 * whole == planned["loss"]["accumulated gradients"]
 
 
+@pytest.mark.slow
 def test_weights_gradients_and_optimizer_of_two_processes_take_the_planned_bytes(tmp_path):
     others = [replace(UNEVEN, optimizer="adafactor", tie_embeddings=True, qkv_bias=True),
               replace(UNEVEN, qk_norm=True, dtype="float32", objective="ar")]
@@ -410,6 +411,7 @@ def interpreter_fails():
     return triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 
 
+@pytest.mark.slow
 def test_a_rehearsal_counts_what_real_tensors_take():
     if interpreter_fails():
         pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
@@ -420,7 +422,8 @@ def test_a_rehearsal_counts_what_real_tensors_take():
     assert found[:len(tiny)] == found[len(tiny):]
 
 
-@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("half", [0, 1])
 def test_activations_take_the_planned_bytes(half):
     cases = to_save(half)
     found = result(outside(saved_bytes, cases, [False] * len(cases), TRITON_INTERPRET="1"))

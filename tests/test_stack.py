@@ -514,6 +514,7 @@ def test_committed_documents_are_kept(tmp_path, tok, corpus):
     db.close()
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path, tok):
     for i in range(2):
         # seconds of work, on a busy machine too

@@ -10,8 +10,8 @@ is all that block diffusion needs. BD3-LM and SDAR give the same mask to flex-at
 builds a block mask for every packing. TileLang's block-diffusion example has fixed blocks of one
 length; FlashInfer's block-extend serves inference only.
 
-Not covered: dropout, additive biases. A head_dim above 256 takes the PyTorch path. Decoding's
-queries against a KV cache (CacheSpans) are one call of PyTorch's SDPA, on every device.
+Not covered: dropout, additive biases. A head_dim above 256 takes the PyTorch path. Queries with
+CacheSpans, in decoding and in short rows of rl.py, are one call of PyTorch's SDPA, on every device.
 """
 import functools
 import os

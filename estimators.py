@@ -35,6 +35,7 @@ from spans import CacheSpans
 
 PAIRS = 6  # purpose of a random stream (diffusion.py, loader.py, sft.py have others)
 GIVEN, NEVER = -1, 2**31 - 1  # of Completions.written
+ONE_TEXT = 2048  # tokens of a row up to which passes share a clean text; beyond, the mask is dear
 
 
 @dataclass
@@ -295,7 +296,9 @@ def log_probs(model, completions, passes, recipe, temperature, banned):
     masked = torch.stack([one.masked for one in passes])  # (P, B, T)
     weight = torch.stack([one.weight for one in passes])  # (P, B, T)
     xt = completions.tokens.masked_fill(masked, recipe.mask_id)  # (P, B, T)
-    lay_out = after_one_clean_text if recipe.objective == "block" else a_row_each
+    lay_out = a_row_each
+    if recipe.objective == "block" and (len(passes) + 1) * xt.shape[2] <= ONE_TEXT:
+        lay_out = after_one_clean_text
     rows, spans, place = lay_out(completions, xt, recipe)  # place: (P, B, T)
     read = weight != 0
     hidden = model(rows, spans, read=place[read])  # (N, d_model)
@@ -307,20 +310,23 @@ def log_probs(model, completions, passes, recipe, temperature, banned):
 
 
 def a_row_each(completions, xt, recipe):
-    """Where all tokens see each other: every pass is a text of its own.
+    """Every pass is a text of its own: xt, or [xt ; x0] under block diffusion.
 
-    xt: (P, B, T). Returns the rows (P · B, T), their Spans, and the place, among all tokens of
-    these rows, at which each token's prediction is read, (P, B, T) int64.
+    xt: (P, B, T). Returns the rows (P · B, T or 2T), their Spans, and the place, among all tokens
+    of these rows, at which each token's prediction is read, (P, B, T) int64.
     """
     P, B, T = xt.shape
+    rows = xt.flatten(0, 1)  # (P · B, T)
+    if recipe.objective == "block":
+        rows = torch.cat([rows, completions.tokens.repeat(P, 1)], 1)  # (P · B, 2T)
     doc_start, doc_end = completions.doc_start.repeat(P, 1), completions.doc_end.repeat(P, 1)
     spans = spans_for(recipe, doc_start, doc_end)
-    row = torch.arange(P * B, device=xt.device)[:, None]
-    return xt.flatten(0, 1), spans, (row * T + read_at(recipe, doc_start)).view(P, B, T)
+    before = torch.arange(P * B, device=xt.device)[:, None] * rows.shape[1]  # tokens before a row
+    return rows, spans, (before + read_at(recipe, doc_start)).view(P, B, T)
 
 
 def after_one_clean_text(completions, xt, recipe):
-    """Block diffusion: [x0 ; xt of pass 1 ; … ; xt of pass P] in one row.
+    """Block diffusion in fewer tokens: [x0 ; xt of pass 1 ; … ; xt of pass P] in one row.
 
     The clean text is the same in all passes, so it is computed once. Of each pass follow the
     blocks that hold something of the completion, C tokens: nobody reads noise of the prompt.
@@ -329,9 +335,10 @@ def after_one_clean_text(completions, xt, recipe):
         clean              [0, block_end)
         noisy, of pass p   [0, block_start)    its own block in pass p
 
-    It is the same function as P passes of [xt ; x0], at the price of one clean half and P short
-    ones; but attention has a dense mask, of (T + P · C)² pairs. Returns what a_row_each does, for
-    rows (B, T + P · C).
+    It is the same function as P rows of [xt ; x0], at the price of one clean half and P short ones.
+    These are more intervals than Spans has. CacheSpans can name them: without a cache, its slots
+    are the row's own tokens. Its mask is dense, which is cheap up to ONE_TEXT tokens alone.
+    Returns what a_row_each does, for rows (B, T + P · C).
     """
     P, B, T = xt.shape
     clean = spans_for(recipe, completions.doc_start, completions.doc_end)

@@ -183,7 +183,8 @@ class Transformer(nn.Module):
 
         tokens: (B, S) int64. spans: Spans of these S tokens, or CacheSpans.
         cache: a KVCache that takes their keys and values, at `slots` (B, S) int64. With Spans the
-        tokens see each other alone, with CacheSpans they see the cache, themselves included.
+        tokens see each other alone, with CacheSpans they see the cache, themselves included; where
+        there is none, its slots are these tokens.
         The last block can skip positions that nobody reads:
         queries: int, only the first `queries` positions of each row (the noisy half); None: all.
         read: (N,) int64, of those only the ones listed, as row · queries + position.
@@ -246,7 +247,8 @@ class KVCache:
         shape = (cfg.n_layer, batch, cfg.n_kv_head, slots, cfg.head_dim)
         weight = model.embed_tokens.weight
         dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):  # keys and values are products
+        autocasts = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
+        if autocasts:  # keys and values are products
             dtype = torch.get_autocast_dtype(weight.device.type)
         # zeros, since a masked slot has weight 0 in attention, and 0 times NaN is NaN
         self.k = weight.new_zeros(shape, dtype=dtype)

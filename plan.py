@@ -341,9 +341,12 @@ def peak(moments):
     return max(sum(terms.values()) for terms in moments.values())
 
 
-def check_memory(model_cfg, optimizer, device_type, reference=False):
+SMALLER = "a smaller --d_model, --n_layer or --vocab_size"
+
+
+def check_memory(model_cfg, optimizer, device_type, reference=False, advice=SMALLER):
     """Raises Mistake if weights, gradients and optimizer state, with `reference` also a frozen copy
-    of the weights in float32, exceed the memory of a CPU."""
+    of the weights in float32, exceed the memory of a CPU. advice: what needs less, str."""
     if device_type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return  # GPUs have allocators that say so; Windows does not tell
     root, block = weight_shapes(model_cfg)
@@ -357,7 +360,7 @@ def check_memory(model_cfg, optimizer, device_type, reference=False):
         raise Mistake(
             f"a model of {parameters:,} parameters needs {needs / 1e9:,.1f} GB for its weights, "
             f"{'reference, ' if reference else ''}gradients and optimizer state; this machine has "
-            f"{has / 1e9:,.1f} GB; a smaller --d_model, --n_layer or --vocab_size needs less")
+            f"{has / 1e9:,.1f} GB; {advice} needs less")
 
 
 def nearest(model_cfg, cfg, ranks):

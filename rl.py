@@ -203,10 +203,12 @@ def write_and_judge(rows, how, policy, cfg, tasks, rewards):
     seconds of the decoding. What one process raises, all raise: they would wait for it forever.
     """
     model, world = policy.model, policy.world
-    how = replace(how, graphs=False)  # autocast's and FSDP's work does not belong into a recording
     found, seconds, errors, began = {}, 0, [], time.time()
     try:
         with parallel.weights_kept(model, world, cfg.reshard), policy.autocast():
+            casts = torch.is_autocast_enabled(world.device.type)
+            # FSDP's hooks and autocast's casts do not belong into a recording
+            how = replace(how, graphs=world.mesh is None and not casts)
             for batch in rollout.write_completions(model, policy.tok, policy.recipe, how, rows,
                                                    cfg.decode_batch):
                 for row in batch:
@@ -304,7 +306,8 @@ def make_policy(cfg, folder, described, world, dtype):
     """The Policy of a folder, with its weights."""
     model_cfg, tok, recipe = described
     huggingface.check_weights(folder, model_cfg)
-    plan.check_memory(model_cfg, cfg.optimizer, world.device.type, reference=cfg.beta > 0)
+    plan.check_memory(model_cfg, cfg.optimizer, world.device.type,
+                      cfg.beta > 0, "a smaller model, --optimizer=adafactor or --beta=0")
     model = parallel.build(model_cfg, world, dtype, cfg)
     huggingface.load_weights(folder, model, parallel.my_rows)
     never = [i for i in range(model_cfg.vocab_size)

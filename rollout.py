@@ -64,9 +64,9 @@ class Rollout:
     """All processes' answers.
 
     rows, rewards: those to a task side by side. learned: places of the rows whose group has rewards
-    that differ; the others do not say what is better. advantage: of these. old, reference: for each
-    update and each of these, a list of a number per token: log_probs under the policy that wrote
-    them, but for the first update, and under the reference.
+    that differ; the others do not say what is better. advantage: of these. reference: for each
+    update and each of these, a list of a number per token: log_probs under the reference. old: the
+    same under the policy that wrote them, for each update but the first.
     """
     number: int
     rows: list
@@ -91,7 +91,8 @@ class Rollout:
         except (TypeError, KeyError, AttributeError) as error:
             raise Mistake(f"{path} is damaged: it is no rollout of rl.py's") from error
         if not sound:
-            raise Mistake(f"{path} is damaged: its lists do not fit each other")
+            raise Mistake(f"{path} is damaged or of another version: its lists do not "
+                          "fit each other")
         return made
 
     def fits(self, updates, with_reference):

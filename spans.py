@@ -1,8 +1,8 @@
 """Who attends to whom. Four integers per token encode it.
 
 Every mask in this project lets a query see an interval of keys, so no (T, T) mask is ever built for
-training. Below is one document of 8 tokens in blocks of K = 4. The sequence is [xt ; x0]: the noisy
-tokens, then the clean ones.
+a training step. (Short rows of rl.py have one: estimators.py.) Below is one document of 8 tokens in
+blocks of K = 4. The sequence is [xt ; x0]: the noisy tokens, then the clean ones.
 
                      keys: noisy       clean
                        0123 4567     0123 4567
@@ -167,12 +167,13 @@ class Spans:
 
 @dataclass(frozen=True, eq=False)
 class CacheSpans:
-    """Queries of decoding, whose keys lie in the slots of a KV cache (model.KVCache).
+    """Queries whose keys lie in slots: of a KV cache in decoding (model.KVCache), or where there is
+    no cache, the tokens themselves (estimators.py).
 
     A query sees the slots [past_start, past_end), and [own_start, own_end): the two intervals that
     a noisy token has above. Where one is enough, the second is empty.
     positions: (B, Q) int64, each query's place in its document. The rest: (B, Q) integers.
-    slots: how many the cache has.
+    slots: how many there are.
     """
     positions: torch.Tensor
     past_start: torch.Tensor

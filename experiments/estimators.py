@@ -75,14 +75,21 @@ def ways_of(cfg):
     }
 
 
-def rollouts(cfg, model, tok, recipe):
-    """The completions of the first tasks, in batches: a list of Completions."""
+def prompts_of(tasks, tok, context, max_new_tokens):
+    """The ids of each task's prompt, and how many tokens it may be answered in."""
     prompts = []
-    for task in read_tasks(cfg.tasks)[:cfg.completions]:
+    for task in tasks:
         ids = tok.encode(task.prompt)
         if tok.bos_id is not None:
             ids = [tok.bos_id, *ids]
-        prompts.append((ids, min(cfg.max_new_tokens, model.cfg.context - len(ids))))
+        prompts.append((ids, min(max_new_tokens, context - len(ids))))
+    return prompts
+
+
+def rollouts(cfg, model, tok, recipe):
+    """The completions of the first tasks, in batches: a list of Completions."""
+    tasks = read_tasks(cfg.tasks)[:cfg.completions]
+    prompts = prompts_of(tasks, tok, model.cfg.context, cfg.max_new_tokens)
     if len(prompts) < cfg.completions:
         raise Mistake(f"completions={cfg.completions} is more than the {len(prompts)} tasks of "
                       f"{cfg.tasks}")
@@ -258,9 +265,10 @@ def main(argv=None):
     typed = " ".join(["python -m experiments.estimators", *words])
     kind = f"block, K = {recipe.block_size}" if recipe.causal_block else recipe.objective
     about = (f"{cfg.init_from}, {kind}; {cfg.completions} completions of {cfg.tasks}, {tokens} "
-             f"scored tokens, written by {cfg.confidence} at temperature {cfg.temperature:g}; λ = {cfg.pairs}, {cfg.draws} draws, seed "
-             f"{cfg.seed}. Bias and distance: from `trace`, the policy that sampled, on the scored "
-             "tokens. Distance: root mean square over completions and draws.")
+             f"scored tokens, written by {cfg.confidence} at temperature {cfg.temperature:g}; λ = "
+             f"{cfg.pairs}, {cfg.draws} draws, seed {cfg.seed}. Bias and distance: from `trace`, "
+             "the policy that sampled, on the scored tokens. Distance: root mean square over "
+             "completions and draws.")
     report = "\n".join([f"# Estimates of a completion's log-probability, {date.today()}", "",
                         f"`{typed}`", "", about, "", *table(results, tokens, cfg.completions), "",
                         *ratios(results, cfg.seed)]) + "\n"

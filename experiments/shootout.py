@@ -4,13 +4,14 @@
     python -m experiments.shootout --budget=1000 --seeds='[1, 2]'
 
 Five runs of rl.py per seed, alike but for the estimator (estimators.py) and the number of steps:
-what is cheap may learn from more answers. Each spends the same number of forwards, counted for
-every answer of a rollout as
+what is cheap may learn from more answers. Each has the same budget of forwards, counted for every
+answer of a rollout, as if all answers were learned from, as
 
     writing   K + 1 in blocks of K: each token is computed K times as noise and once clean
     updates   4 per pass of the estimate: the reference, and the policy that learns, whose backward
               pass counts as two
 
+The clean text that the passes of an answer share (estimators.after_one_clean_text) is not counted.
 Bias and variance are those of each estimate on the model that all begin with: how far it is from
 the log-probability of the policy that sampled (experiments/estimators.py). Writes REPORT and the
 plot beside it, a .png.
@@ -30,9 +31,11 @@ from statistics import mean
 import matplotlib
 import torch
 
+import huggingface
+import rl
 from configurator import Float, Int, Mistake, Name, configure
 from experiments import estimators
-from experiments.toy_rl import learn, metrics, seconds_of, smoothed, spread
+from experiments.toy_rl import check_seeds, learn, metrics, seconds_of, smoothed, spread
 from files import check_out, write_text
 from sandbox import cores
 
@@ -56,7 +59,7 @@ class Config:
 NAMES = ("masked", "coupled", "independent", "sequence", "trace")
 
 
-def passes_of(name, K):
+def passes_per_answer(name, K):
     """How many passes an estimate has, with one pair of masks."""
     return {"masked": 1, "sequence": 2, "trace": K}.get(name, 3)
 
@@ -68,7 +71,7 @@ def rollouts_of(name, K, cfg):
 
 def cost_of(name, K):
     """Forwards of a rollout and its update, per answer."""
-    return K + 1 + 4 * passes_of(name, K)
+    return K + 1 + 4 * passes_per_answer(name, K)
 
 
 def jobs_of(K, cfg):
@@ -80,24 +83,22 @@ def jobs_of(K, cfg):
             count = rollouts_of(name, K, cfg)
             jobs[f"{cfg.out}/{name}_{seed}"] = [
                 cfg.config, f"--init_from={cfg.init_from}", f"--seed={seed}",
-                f"--estimator={name}", "--updates=1", f"--max_steps={count}",
+                f"--estimator={name}", "--pairs=1", "--updates=1", f"--max_steps={count}",
                 f"--eval_every={-(-count // 3)}", "--save_every=1000000"]
     return jobs
 
 
 def results_of(name, cfg):
     """{what: a list over seeds} of an estimator's runs."""
-    found = {"before": [], "after": [], "reward": [], "seconds": [], "kl": []}
+    found = {"before": [], "after": [], "seconds": [], "kl": []}
     for seed in cfg.seeds:
         folder = f"{cfg.out}/{name}_{seed}"
         lines = metrics(folder)
         scores = [line["val_pass@1"] for line in lines if "val_pass@1" in line]
-        rewards = [line["reward"] for line in lines if "reward" in line]
         kls = [line["kl"] for line in lines if line.get("kl") is not None]
         found["before"].append(scores[0])
         found["after"].append(scores[-1])
-        found["reward"].append(mean(rewards[-5:]) - mean(rewards[:5]))
-        found["kl"].append(mean(kls[-5:]))
+        found["kl"].append(mean(kls[-5:] or [0]))
         found["seconds"].append(seconds_of(folder))
     return found
 
@@ -151,16 +152,19 @@ def draw(results, K, cfg, path):
 
 def main(argv=None):
     cfg, _ = configure(Config, argv)
-    if not cfg.seeds or any(type(seed) is not int for seed in cfg.seeds):
-        raise Mistake(f"seeds={cfg.seeds} must be whole numbers, one at least")
+    check_seeds(cfg.seeds)
     check_out(cfg.report)
-    estimates = estimators.compare(estimators.Config(
-        cfg.init_from, cfg.tasks, completions=cfg.completions, threads=cores()))
-    recipe = estimates[2]
+    learns, _ = configure(rl.Config, [cfg.config])
+    if not learns.val_tasks or not learns.eval_every or not learns.beta:
+        raise Mistake(f"{cfg.config} must have val_tasks, eval_every and beta: the table shows "
+                      "what they measure")
+    _, _, recipe = huggingface.read_description(huggingface.find(cfg.init_from))
     K = recipe.block_size
     if recipe.objective != "block":
         raise Mistake(f"{cfg.init_from} has objective={recipe.objective!r}: `trace` would need a "
                       "pass for every token; name a model that writes in blocks")
+    estimates = estimators.compare(estimators.Config(
+        cfg.init_from, cfg.tasks, completions=cfg.completions, threads=cores()))
     learn(jobs_of(K, cfg), cfg.at_once)
     results = {name: results_of(name, cfg) for name in NAMES}
 

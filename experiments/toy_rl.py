@@ -15,10 +15,11 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
     begin()
 
 import json
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,10 +29,13 @@ import torch
 from tqdm import tqdm
 
 import huggingface
+import rl
 from configurator import Int, Mistake, Name, configure
 from decode import Decoding
+from experiments.estimators import prompts_of
 from files import check_out, read_json, write_text
 from rollout import rows_of, write_completions
+from run import read_saved
 from sandbox import cores
 from tasks import read_tasks
 from watch import global_ar, local_ar
@@ -59,8 +63,12 @@ class Config:
 def learn(jobs, at_once):
     """Run rl.py for each of {folder: [words]}, `at_once` at a time, and wait until all are done.
 
-    What they print is in FOLDER.log. Raises Mistake with the end of it where one fails.
+    What they print is in FOLDER.log. Raises Mistake with the end of it where one fails, and where a
+    folder has a run with other settings. Ctrl-C lets them save before they end.
     """
+    for folder, words in jobs.items():
+        refuse_other_settings(folder, words)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `begin` had it end at once
     threads = max(1, cores() // at_once)
     waiting, running = list(jobs.items()), {}
     with tqdm(total=len(jobs), unit="run") as bar:
@@ -78,6 +86,8 @@ def learn(jobs, at_once):
                     bar.update()
                 done = [f"{Path(name).name} {steps_done(name)}" for name in running]
                 bar.set_postfix_str(", ".join(done))
+        except KeyboardInterrupt:
+            raise Mistake("stopped; the same command continues from here") from None
         finally:
             for run in running.values():
                 run.terminate()
@@ -87,8 +97,23 @@ def learn(jobs, at_once):
 def start(folder, words):
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log:
-        return subprocess.Popen([sys.executable, "rl.py", *words, f"--out={folder}",
-                                 "--resume=true"], stdout=log, stderr=log)
+        return subprocess.Popen(
+            [sys.executable, "rl.py", *words, f"--out={folder}", "--resume=true"], stdout=log,
+            stderr=log, start_new_session=True)  # Ctrl-C reaches it through `learn` alone
+
+
+def refuse_other_settings(folder, words):
+    """Raises Mistake where a folder has a run with settings that decide its numbers and are not
+    these."""
+    if not (Path(folder) / "latest").is_file():
+        return
+    asked = json.loads(json.dumps(asdict(configure(rl.Config, words)[0])))
+    found = read_saved(huggingface.find(folder))["config"]
+    silent = {"out", "resume", "threads", "workers", "save_every", "check_references"}
+    for name, value in asked.items():
+        if name not in silent and found.get(name) != value:
+            raise Mistake(f"{folder} has a run with {name}={found.get(name)}, where {name}={value} "
+                          "is asked for: choose another --out")
 
 
 def metrics(folder):
@@ -131,12 +156,7 @@ def pass_at_1(folder, tasks, steps, out, cfg):
 def ar_ness(folder, temperature, cfg):
     """(local, global) AR-ness@1 of greedy answers, or of samples, the mean over the tasks."""
     model, tok, recipe = huggingface.load(folder, "cpu", torch.float32)
-    prompts = []
-    for task in read_tasks(cfg.tasks):
-        ids = tok.encode(task.prompt)
-        if tok.bos_id is not None:
-            ids = [tok.bos_id, *ids]
-        prompts.append((ids, min(cfg.max_new_tokens, model.cfg.context - len(ids))))
+    prompts = prompts_of(read_tasks(cfg.tasks), tok, model.cfg.context, cfg.max_new_tokens)
     rows = rows_of(0, range(len(prompts)), 1, prompts, recipe.causal_block)
     how = Decoding(confidence="entropy", temperature=temperature)
     for _ in write_completions(model, tok, recipe, how, rows, 100):
@@ -189,7 +209,7 @@ def draw(folders, before, after, cfg, path):
         kls = [(line["step"], line["kl"]) for line in found if line.get("kl") is not None]
         scores = [(line["step"], line["val_pass@1"]) for line in found if "val_pass@1" in line]
         for axis, points, marker in zip(axes, (rewards, kls, scores), ("", "", "o")):
-            x, y = zip(*points)
+            x, y = [x for x, _ in points], [y for _, y in points]
             axis.plot(x, y if marker else smoothed(y), marker=marker, ms=4, label=f"seed {seed}")
     for values, label in ((before, "before"), (after, "after")):
         axes[3].plot(cfg.steps, [mean(one[steps] for one in values) for steps in cfg.steps], "o-",
@@ -207,9 +227,16 @@ def draw(folders, before, after, cfg, path):
     plt.close(figure)
 
 
+def check_seeds(seeds):
+    whole = all(type(seed) is int for seed in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds):
+        raise Mistake(f"seeds={seeds} must be whole numbers, one at least, and none twice")
+
+
 def check(cfg):
     """The folder that each seed begins with. Raises Mistake for settings that do not fit."""
-    if not cfg.seeds or len(cfg.init_from) not in (1, len(cfg.seeds)):
+    check_seeds(cfg.seeds)
+    if len(cfg.init_from) not in (1, len(cfg.seeds)):
         raise Mistake(f"init_from={cfg.init_from} must be one folder, or one for each of the seeds "
                       f"{cfg.seeds}")
     if not cfg.steps or any(type(steps) is not int or steps < 1 for steps in cfg.steps):

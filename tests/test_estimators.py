@@ -386,13 +386,15 @@ def gradient_of(value, net):
 
 
 @pytest.mark.parametrize("objective, shift", MODELS)
-@pytest.mark.parametrize("chunk", [2**26, 100])
+@pytest.mark.parametrize("chunk, one_text", [(2**26, 2**26), (100, 2**26), (2**26, 0)])
 def test_log_probs_are_what_one_plain_forward_for_each_token_says(
-        objective, shift, chunk, monkeypatch):
-    """Random passes over ragged rows: value and gradient, also where the head works in chunks."""
+        objective, shift, chunk, one_text, monkeypatch):
+    """Random passes over ragged rows: value and gradient, also where the head works in chunks, and
+    where each pass has a clean text of its own."""
     monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", chunk)
+    monkeypatch.setattr(estimators, "ONE_TEXT", one_text)
     recipe, net, temperature = recipe_of(objective, shift), random_model(2), 1.3
-    made = completions_of(recipe, [(3, 6, 2), (1, 4, 3), (5, 8, 0)])
+    made = completions_of(recipe, [(3, 6, 2), (1, 4, 3), (5, 8, 0), (4, 3, 1)])
     random = torch.Generator().manual_seed(1)
     passes = []
     for _ in range(2):

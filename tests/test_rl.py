@@ -319,17 +319,39 @@ def test_rollouts_are_written_in_the_dtype_of_the_updates(folder, tmp_path, monk
             found.append(self.k.dtype)
 
     monkeypatch.setattr(caches, "KVCache", Seen)
-    for dtype in ("float32", "bfloat16"):
-        rl.main(settings_of(folder, tmp_path / dtype, "--max_steps=2", f"--dtype={dtype}"))
-        assert set(found) == {getattr(torch, dtype)}
+    monkeypatch.setattr("run.fast_dtype", lambda device: "bfloat16")
+    for asked, dtype in (("float32", torch.float32), ("auto", torch.bfloat16)):
+        rl.main(settings_of(folder, tmp_path / asked, "--max_steps=2", f"--dtype={asked}"))
+        assert set(found) == {dtype}
         found.clear()
+
+
+def test_the_old_policy_is_the_one_that_wrote_under_the_masks_of_the_update(
+        folder, tmp_path, monkeypatch):
+    """Of two updates, the second compares the policy that moved with the one before. Both masks are
+    those of its step; with one rollout, the reference is the policy that wrote, too."""
+    seen, clipped_loss = [], rl.clipped_loss
+
+    def watched(new, old, reference, *rest):
+        seen.append((new.detach(), old, reference))
+        return clipped_loss(new, old, reference, *rest)
+
+    monkeypatch.setattr(rl, "clipped_loss", watched)
+    rl.main(settings_of(folder, tmp_path / "run", "--max_steps=2", "--micro_batch=99"))
+    (first, before, against), (second, old, reference) = seen
+    assert torch.equal(first, before)
+    torch.testing.assert_close(before, against)
+    torch.testing.assert_close(old, reference)
+    assert (second - old).abs().max() > 1e-3 and (old - before).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("estimator", ["coupled", *(pytest.param(name, marks=pytest.mark.slow)
                                                     for name in ("sequence", "trace"))])
 def test_two_processes_give_what_one_gives(folder, tmp_path, estimator):
-    """To 1e-5, in float32. Eight rows a rollout in micro-batches of three: shares are uneven."""
-    more = [f"--estimator={estimator}", "--lr=0.001", "--min_lr=0.001"]
+    """To 1e-5, in float32. Of five rows a process has three, the other two and one that is idle,
+    alone in its micro-batch."""
+    more = [f"--estimator={estimator}", "--lr=0.001", "--min_lr=0.001", "--prompts=1",
+            "--completions=5", "--micro_batch=2"]
     rl.main(settings_of(folder, tmp_path / "one", *more))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "rl.py", *settings_of(folder, tmp_path / "two", *more)]
@@ -338,6 +360,7 @@ def test_two_processes_give_what_one_gives(folder, tmp_path, estimator):
     assert done.returncode == 0, done.stderr
     samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("one", "two")]
     assert samples[0] == samples[1]
+    assert [line["learned"] for line in metrics(tmp_path / "one") if "learned" in line] == [1, 1, 1]
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert b == pytest.approx(a, abs=1e-5, nan_ok=True)
     one, two = (weights(tmp_path / run) for run in ("one", "two"))
@@ -448,13 +471,6 @@ def test_tasks_without_room_are_left_out_and_said(folder, tmp_path, capsys):
     assert "1 of 6 tasks leave no room for an answer" in capsys.readouterr().out
 
 
-def test_one_process_scores_in_the_type_that_it_samples_in(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("run.fast_dtype", lambda device: "bfloat16")
-    rl.main(settings_of(folder, tmp_path / "run", "--max_steps=2", "--dtype=auto"))
-    saved = (tmp_path / "run" / "step_0000002" / "state" / "train.json").read_text()
-    assert json.loads(saved)["machine"]["dtype"] == "float32"
-
-
 @pytest.mark.parametrize("more, said", [
     (["--confidence=max_prob"], "how likely the order was is left out"),
     (["--top_p=0.9"], "a narrower distribution"), ([], "")])
@@ -544,6 +560,9 @@ def test_the_report_of_a_toy_run_has_what_its_runs_measured(folder, config, tmp_
     for line in ("pass@1, 4 forwards per block", "local AR-ness@1, temperature 1"):
         assert re.search(rf"\| {re.escape(line)} (\| \d+.\d% → \d+.\d% ){{3}}\|", text), text
     assert toy_rl.steps_done(tmp_path / "runs" / "seed_2") == 6
+    with pytest.raises(Mistake, match="seed_1 has a run with max_steps=6, where max_steps=7"):
+        toy_rl.learn({tmp_path / "runs" / "seed_1": [str(config), "--seed=1", "--max_steps=7",
+                                                     f"--init_from={folder / 'policy'}"]}, 1)
     assert report.with_suffix(".png").is_file()
 
 
@@ -573,7 +592,8 @@ def test_a_run_that_fails_shows_the_end_of_what_it_printed(tmp_path):
 @pytest.mark.parametrize("words, says", [
     (["--init_from=('a', 'b')"], "must be one folder, or one for each of the seeds"),
     (["--steps=(0,)"], "steps=.* must be whole numbers above 0"),
-    (["--seeds=()"], "init_from=.* must be one folder"),
+    (["--seeds=()"], "seeds=.* must be whole numbers, one at least, and none twice"),
+    (["--seeds=(1, 1)"], "seeds=.* and none twice"),
 ])
 def test_experiments_refuse_at_once(words, says):
     with pytest.raises(Mistake, match=says):

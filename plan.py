@@ -341,12 +341,10 @@ def peak(moments):
     return max(sum(terms.values()) for terms in moments.values())
 
 
-SMALLER = "a smaller --d_model, --n_layer or --vocab_size"
-
-
-def check_memory(model_cfg, optimizer, device_type, reference=False, advice=SMALLER):
-    """Raises Mistake if weights, gradients and optimizer state, with `reference` also a frozen copy
-    of the weights in float32, exceed the memory of a CPU. advice: what needs less, str."""
+def check_memory(model_cfg, optimizer, device_type, reference=False,
+                 advice="a smaller --d_model, --n_layer or --vocab_size"):
+    """Raises Mistake if weights, gradients, optimizer state and, with `reference`, a frozen float32
+    copy of the weights exceed the memory of a CPU. advice: what needs less."""
     if device_type != "cpu" or "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):
         return  # GPUs have allocators that say so; Windows does not tell
     root, block = weight_shapes(model_cfg)
@@ -357,10 +355,9 @@ def check_memory(model_cfg, optimizer, device_type, reference=False, advice=SMAL
     needs = needs * here // int(os.environ.get("WORLD_SIZE", here))
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needs > has:
-        raise Mistake(
-            f"a model of {parameters:,} parameters needs {needs / 1e9:,.1f} GB for its weights, "
-            f"{'reference, ' if reference else ''}gradients and optimizer state; this machine has "
-            f"{has / 1e9:,.1f} GB; {advice} needs less")
+        state = f"weights, {'reference, ' if reference else ''}gradients and optimizer state"
+        raise Mistake(f"a model of {parameters:,} parameters needs {needs / 1e9:,.1f} GB for its "
+                      f"{state}; this machine has {has / 1e9:,.1f} GB; {advice} needs less")
 
 
 def nearest(model_cfg, cfg, ranks):

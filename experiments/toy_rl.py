@@ -251,10 +251,12 @@ def main(argv=None):
     folders = [f"{cfg.out}/seed_{seed}" for seed in cfg.seeds]
     learn({folder: [cfg.config, f"--init_from={first}", f"--seed={seed}"]
            for folder, first, seed in zip(folders, begin_with, cfg.seeds)}, cfg.at_once)
-    known = {first: measure(first, f"before_{n}", cfg)
-             for n, first in enumerate(dict.fromkeys(begin_with))}
-    before = [known[first] for first in begin_with]
-    after = [measure(folder, f"after_{seed}", cfg) for folder, seed in zip(folders, cfg.seeds)]
+    names = {first: f"before_{n}" for n, first in enumerate(dict.fromkeys(begin_with))}
+    names |= {folder: f"after_{seed}" for folder, seed in zip(folders, cfg.seeds)}
+    found = {folder: measure(folder, name, cfg)
+             for folder, name in tqdm(names.items(), desc="before and after", unit="model")}
+    before = [found[first] for first in begin_with]
+    after = [found[folder] for folder in folders]
 
     words = sys.argv[1:] if argv is None else argv
     taken = ", ".join(f"{seconds_of(folder):.0f}" for folder in folders)

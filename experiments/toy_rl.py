@@ -181,7 +181,7 @@ def measure(folder, name, cfg):
 
 def table(before, after, cfg):
     """Markdown: every measure before and after, by seed and as a mean. before, after: of seeds."""
-    names = {steps: f"pass@1, {steps} forwards per block" for steps in cfg.steps}
+    names = {steps: f"pass@1, forwards per block: {steps}" for steps in cfg.steps}
     names["easier"] = f"pass@1 of {cfg.easier}"
     for kind in ("local", "global"):
         names |= {f"{kind} {t}": f"{kind} AR-ness@1, temperature {t}" for t in (0, 1)}
@@ -216,7 +216,7 @@ def draw(folders, before, after, cfg, path):
                      label=label)
     axes[0].set(title="reward, mean of 5 rollouts", xlabel="step")
     axes[1].set(title="KL to the reference, mean of 5", xlabel="step")
-    axes[2].set(title="greedy pass@1, functions never seen", xlabel="step")
+    axes[2].set(title="greedy pass@1, unseen functions", xlabel="step")
     axes[3].set(title="pass@1, mean of seeds", xlabel="forwards per block of K tokens")
     for axis in axes:
         axis.grid(alpha=0.3)

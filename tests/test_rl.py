@@ -557,7 +557,7 @@ def test_the_report_of_a_toy_run_has_what_its_runs_measured(folder, config, tmp_
                  f"--out={tmp_path / 'runs'}", f"--tasks={tasks}", f"--easier={tasks}",
                  "--max_new_tokens=16", "--steps=(4, 1)", f"--report={report}"])
     text = report.read_text()
-    for line in ("pass@1, 4 forwards per block", "local AR-ness@1, temperature 1"):
+    for line in ("pass@1, forwards per block: 4", "local AR-ness@1, temperature 1"):
         assert re.search(rf"\| {re.escape(line)} (\| \d+.\d% → \d+.\d% ){{3}}\|", text), text
     assert toy_rl.steps_done(tmp_path / "runs" / "seed_2") == 6
     with pytest.raises(Mistake, match="seed_1 has a run with max_steps=6, where max_steps=7"):

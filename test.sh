@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests, on all cores: `bash test.sh` in about 12 minutes on two of them, `bash test.sh all` with
+# The tests, on all cores: `bash test.sh` in about 8 minutes on two of them, `bash test.sh all` with
 # those marked slow. The Triton kernel has its own half: its interpreter is on for a whole process.
 set -euo pipefail
 cd "$(dirname "$0")"

@@ -3,8 +3,8 @@
 It goes on from config/toy_sft.py. Nobody shows it a solution: it writes eight answers to a task,
 the sandbox runs them, and what does better than its siblings becomes likelier. Each rollout is used
 for one update, since new answers are cheap here. With lr=1e-3, updates=2 and no warmup the policy
-was worse after 16 steps than before. Two CPU cores, 15 minutes. Data:
-`python -m data.functions.prepare`.
+was worse after 16 steps than before. Two CPU cores, 8 to 15 minutes.
+Data: `python -m data.functions.prepare`.
 
     python rl.py config/toy_rl.py
 """

@@ -380,11 +380,10 @@ def corrupt(batch, recipe, draw):
 
 # --- the loss ------------------------------------------------------------------------------------
 
-def token_losses(model, noised, recipe, step=None, **sampled):
+def token_losses(model, noised, recipe, step=None):
     """Cross entropy of every masked token in nats, (N,) float32, ordered as masked.nonzero().
 
     step: of the training, where attention is being annealed; None: it no longer is.
-    sampled: `temperature` and `banned` of Transformer.token_loss.
     """
     tokens = noised.xt
     queries = noised.xt.shape[1]
@@ -396,7 +395,7 @@ def token_losses(model, noised, recipe, step=None, **sampled):
     row, i = noised.masked.nonzero(as_tuple=True)
     read = row * queries + read_at(recipe, noised.doc_start)[row, i]  # (N,)
     hidden = model(tokens, spans, queries=queries, read=read)  # (N, d_model)
-    return model.token_loss(hidden, noised.x0[row, i], **sampled)
+    return model.token_loss(hidden, noised.x0[row, i])
 
 
 def weighted_loss(model, noised, recipe, step=None):

@@ -171,11 +171,11 @@ def passk_settings(cfg, loaded, layers):
 
 # --- pass@k: generate, extract, judge, count ------------------------------------------------------
 
-def prompt_ids(task, tok, cfg):
+def prompt_ids(task, tok, style="base", answer_prefix=""):
     """What the model reads of a task, a list of ids."""
-    if cfg.style == "instruct":
+    if style == "instruct":
         ids = tok.chat([{"role": "user", "content": message(task)}])
-        return ids + tok.encode(cfg.answer_prefix)
+        return ids + tok.encode(answer_prefix)
     ids = tok.encode(task.prompt)
     if tok.bos_id is not None:
         ids = [tok.bos_id, *ids]
@@ -185,7 +185,7 @@ def prompt_ids(task, tok, cfg):
 def prompt_with_room(task, loaded, cfg):
     """The ids of a task's prompt, and how many tokens it may be answered in."""
     model, tok, _ = loaded
-    ids, context = prompt_ids(task, tok, cfg), model.cfg.context
+    ids, context = prompt_ids(task, tok, cfg.style, cfg.answer_prefix), model.cfg.context
     if len(ids) >= context:
         raise Mistake(f"{task.where}: the prompt of {shortened(task.task_id)} has {len(ids)} "
                       f"tokens, the model's context only {context}: leave the task out")

@@ -153,7 +153,7 @@ def with_prompts(tasks, described, cfg, world):
     model_cfg, tok, recipe = described
     kept, prompts = [], []
     for task in tasks:
-        ids = prompt_ids(task, tok, cfg)
+        ids = prompt_ids(task, tok, cfg.style, cfg.answer_prefix)
         room = min(cfg.max_new_tokens, model_cfg.context - len(ids))
         if end_of(ids, room, recipe.causal_block) > len(ids):
             kept.append(task)

@@ -34,6 +34,7 @@ import huggingface
 from configurator import Float, Int, Mistake, Name, Seed, configure
 from decode import Decoding
 from estimators import Estimate, Pass, check_estimate, log_probs, passes_of
+from evaluate import prompt_ids
 from files import check_out, write_text
 from rollout import rows_of, stacked, write_completions
 from tasks import read_tasks
@@ -77,13 +78,8 @@ def ways_of(cfg):
 
 def prompts_of(tasks, tok, context, max_new_tokens):
     """The ids of each task's prompt, and how many tokens it may be answered in."""
-    prompts = []
-    for task in tasks:
-        ids = tok.encode(task.prompt)
-        if tok.bos_id is not None:
-            ids = [tok.bos_id, *ids]
-        prompts.append((ids, min(max_new_tokens, context - len(ids))))
-    return prompts
+    prompts = [prompt_ids(task, tok) for task in tasks]
+    return [(ids, min(max_new_tokens, context - len(ids))) for ids in prompts]
 
 
 def rollouts(cfg, model, tok, recipe):

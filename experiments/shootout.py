@@ -26,7 +26,7 @@ import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import matplotlib
 import torch
@@ -35,7 +35,7 @@ import huggingface
 import rl
 from configurator import Float, Int, Mistake, Name, configure
 from experiments import estimators
-from experiments.toy_rl import check_seeds, learn, metrics, seconds_of, smoothed, spread
+from experiments.toy_rl import check_seeds, learn, metrics, seconds_of, smoothed
 from files import check_out, write_text
 from sandbox import cores
 
@@ -101,6 +101,13 @@ def results_of(name, cfg):
         found["kl"].append(mean(kls[-5:] or [0]))
         found["seconds"].append(seconds_of(folder))
     return found
+
+
+def spread(numbers):
+    """mean ± standard deviation over seeds, of shares, as a cell."""
+    if len(numbers) == 1:
+        return f"{numbers[0]:.1%}"
+    return f"{mean(numbers):.1%} ± {stdev(numbers):.1%}"
 
 
 def table(results, estimates, K, cfg):

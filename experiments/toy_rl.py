@@ -22,7 +22,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib
 import torch
@@ -133,14 +133,6 @@ def seconds_of(folder):
     return sum(line["seconds"] for line in metrics(folder) if "update_seconds" in line)
 
 
-def spread(numbers):
-    """mean ± standard deviation over seeds, of shares, as a cell."""
-    numbers = list(numbers)
-    if len(numbers) == 1:
-        return f"{numbers[0]:.1%}"
-    return f"{mean(numbers):.1%} ± {stdev(numbers):.1%}"
-
-
 # --- before and after -----------------------------------------------------------------------------
 
 def pass_at_1(folder, tasks, steps, out, cfg):
@@ -153,15 +145,14 @@ def pass_at_1(folder, tasks, steps, out, cfg):
     return read_json(Path(out) / "report.json")["scores"]["pass@1"]
 
 
-def ar_ness(folder, temperature, cfg):
+def ar_ness(loaded, temperature, cfg):
     """(local, global) AR-ness@1 of greedy answers, or of samples, the mean over the tasks."""
-    model, tok, recipe = huggingface.load(folder, "cpu", torch.float32)
+    model, tok, recipe = loaded
     prompts = prompts_of(read_tasks(cfg.tasks), tok, model.cfg.context, cfg.max_new_tokens)
     rows = rows_of(0, range(len(prompts)), 1, prompts, recipe.causal_block)
     how = Decoding(confidence="entropy", temperature=temperature)
-    for _ in write_completions(model, tok, recipe, how, rows, 100):
-        pass
-    orders = [row.order for row in rows if len(row.order) > 1]
+    parts = list(write_completions(model, tok, recipe, how, rows, 100))
+    orders = [row.order for part in parts for row in part if len(row.order) > 1]
     return mean(local_ar(order, 1) for order in orders), mean(global_ar(o, 1) for o in orders)
 
 
@@ -171,9 +162,10 @@ def measure(folder, name, cfg):
              for steps in cfg.steps}
     out = Path(cfg.out) / f"{name}_easier"
     found["easier"] = pass_at_1(folder, cfg.easier, max(cfg.steps), out, cfg)
-    for temperature in (0.0, 1.0):
-        found[f"local {temperature:g}"], found[f"global {temperature:g}"] = (
-            ar_ness(folder, temperature, cfg))
+    loaded = huggingface.load(folder, "cpu", torch.float32)
+    for temperature in (0, 1):
+        local, whole = ar_ness(loaded, temperature, cfg)
+        found |= {f"local {temperature}": local, f"global {temperature}": whole}
     return found
 
 

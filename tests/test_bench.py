@@ -340,11 +340,11 @@ def test_the_floor_counts_the_weights_that_a_forward_reads():
     (["--smoke=true", "--out=/nonexistent/x.md"], "there is no folder /nonexistent"),
     ([], "no CUDA device here; --smoke=true"),
 ])
-def test_rl_gpu_refuses_before_it_draws_weights(words, said, monkeypatch):
+def test_rl_gpu_refuses_before_it_draws_weights(words, said, data_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(rl_gpu, "random_model", None)
     with pytest.raises(Mistake, match=said) as error:
-        rl_gpu.main(words)
+        rl_gpu.main([f"--data={data_folder}", *words])
     assert "\n" not in str(error.value)
 
 

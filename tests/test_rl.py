@@ -447,6 +447,18 @@ def test_a_machine_that_cannot_contain_programs_is_refused(folder, tmp_path, mon
     assert refused(folder, tmp_path / "run").startswith("programs cannot be isolated here")
 
 
+def test_a_machine_without_memory_for_the_reference_is_refused(folder, tmp_path, monkeypatch):
+    model, _, _ = load(folder / "policy")
+    parameters = sum(p.numel() for p in model.parameters())
+    machine = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 18 * parameters}  # 16 bytes each, 4 for its copy
+    real = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: machine.get(name) or real(name))
+    said = refused(folder, tmp_path / "run")
+    assert "for its weights, reference, gradients and optimizer state" in said
+    assert said.endswith("--optimizer=adafactor or --beta=0 needs less")
+    rl.main(settings_of(folder, tmp_path / "run", "--beta=0", "--max_steps=1"))
+
+
 def test_a_checkpoint_of_another_tokenizer_is_refused(folder, tmp_path):
     shutil.copytree(folder / "policy", tmp_path / "policy")
     path = tmp_path / "policy" / "config.json"

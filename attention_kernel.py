@@ -7,8 +7,7 @@ When the documents of a batch change, four vectors of integers change; nothing i
 Neighbors: FlashMask (arXiv 2410.01359) skips tiles by intervals too, but per column: which queries
 do *not* see a key, up to two intervals. Here they are per row, one per half of the sequence, which
 is all that block diffusion needs. BD3-LM and SDAR give the same mask to flex-attention, which
-builds a block mask for every packing. TileLang's block-diffusion example has fixed blocks of one
-length; FlashInfer's block-extend serves inference only.
+builds a block mask for every packing. TileLang's example has fixed blocks of one length.
 
 Not covered: dropout, additive biases. A head_dim above 256 takes the PyTorch path. Queries with
 CacheSpans, in decoding and in short rows of rl.py, are one call of PyTorch's SDPA, on every device.
@@ -32,6 +31,7 @@ if INTERPRETED or torch.cuda.is_available() or "triton" in sys.modules:
     with suppress(ImportError):  # Windows, or not installed
         import triton
         import triton.language as tl
+torch.backends.cuda.enable_cudnn_sdp(False)  # its gradient may be NaN: pytorch's issue 196678
 
 
 def jit(function):

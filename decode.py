@@ -211,7 +211,7 @@ def kept(logits, top_k, top_p):
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         p = ordered.softmax(-1)
         beyond = p.cumsum(-1) - p >= top_p  # those before it reach top_p already
-        logits = ordered.masked_fill(beyond, -torch.inf).gather(-1, order.argsort(-1))
+        logits = logits.scatter(-1, order, ordered.masked_fill(beyond, -torch.inf))
     return logits
 
 

@@ -7,7 +7,7 @@ log-probability of a completion, which the policy gradient needs, has to be esti
 differ in the masks that they choose:
 
     estimator     passes    what the model sees of the completion
-    masked        1         nothing (d1, arXiv 2504.12216)
+    masked        1         nothing (as d1, arXiv 2504.12216, whose prompts are masked in part)
     coupled       1 + 2λ    nothing; λ random subsets and their complements (DiffuCoder)
     independent   1 + 2λ    nothing; 2λ random subsets, unrelated: what coupling is compared with
     sequence      2λ        λ subsets and their complements, weighted as the ELBO (ESPO, EBPO)
@@ -101,9 +101,10 @@ def check_estimate(how, recipe):
 # --- everything masked, and random masks ----------------------------------------------------------
 
 def masked(completions, recipe, how, seed, step):
-    """One pass in which everything is masked (d1). It is no random draw: log p_i is L_i(1).
+    """One pass in which everything is masked. It is no random draw: log p_i is L_i(1).
 
-    So all tokens of a noise block are taken to be independent, given what precedes the block.
+    So all tokens of a noise block are taken to be independent, given what precedes the block. d1
+    also masks random tokens of the prompt, anew in each update; here the prompt is clean.
     """
     return [Pass(completions.completion, completions.scored.float())]
 

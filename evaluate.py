@@ -52,7 +52,7 @@ from model import pick_device
 from results import Results, check_settings, weights_fingerprint
 from run import Run
 from sample import Stop, load
-from sandbox import Sandbox
+from sandbox import Sandbox, cores
 from tasks import MESSAGE, message, program, read_tasks, reference
 
 
@@ -317,9 +317,10 @@ def tasks_of(cfg):
     return read_tasks(cfg.tasks, cfg.shown_tests)[:cfg.limit or None]
 
 
-def open_sandbox(cfg, processes=1):
+def open_sandbox(cfg):
     """A Sandbox. Raises Mistake where programs cannot be contained here."""
-    workers = cfg.workers or max(1, (os.cpu_count() or 1) // processes)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun's on this machine
+    workers = cfg.workers or max(1, cores() // processes)
     return Sandbox(workers, cfg.seconds, cfg.memory_mb, cfg.unsafe_execution)
 
 
@@ -380,7 +381,7 @@ def passk(argv):
     ks, tasks = check_passk(cfg), tasks_of(cfg)
     world, stop = parallel.start(pick_device(cfg.device)), Stop()
     with ExitStack() as stack:
-        sandbox = stack.enter_context(open_sandbox(cfg, world.size))  # before the model: it forks
+        sandbox = stack.enter_context(open_sandbox(cfg))  # before the model: it forks
         if cfg.check_references:
             world.first(lambda: refuse_failing(tasks, sandbox))
         name = Path(cfg.init_from or huggingface.newest_run()).name

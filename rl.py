@@ -3,17 +3,18 @@
     python rl.py config/toy_rl.py
     torchrun --nproc_per_node=8 rl.py config/diffucoder_7b_rl.py --tasks=acecode.jsonl
 
-A rollout is `completions` answers to each of `prompts` tasks. The sandbox runs them while the model
-writes the next ones; an answer's advantage is its reward minus the mean of the other answers' to
-the same task. Then come `updates` optimizer steps: each estimates the log-probability of every
-answer (estimators.py), and moves it by its advantage as far as the clip allows (`clipped_loss`).
+A rollout is `completions` answers to each of `prompts` tasks, written `decode_batch` at a time; the
+sandbox runs a batch while the model writes the next. An answer's advantage is its reward minus the
+mean of the other answers' to the same task. Then come `updates` optimizer steps: each estimates the
+log-probability of every answer (estimators.py), and moves it by its advantage as far as the clip
+allows (`clipped_loss`).
 
     OUT/samples.jsonl    every answer with its reward
     OUT/samples.html     the newest rollout, to read
     OUT/metrics.jsonl    a line per step, per rollout and per evaluation
 
 A run that is killed at any moment resumes to the same numbers, as far as no program's time limit
-decides: a checkpoint holds the reference model and a rollout that is half used.
+decides, and on a GPU up to rounding: a checkpoint holds the reference and a half-used rollout.
 
 Not covered: more tasks than a process can hold in memory; rewards (rewards.py); LoRA.
 """
@@ -69,6 +70,7 @@ class Config(Judging, Estimate, Rewarding):
     prompts: Int(1, 2**20) = 8  # tasks of a rollout, over all processes
     completions: Int(1, 2**16) = 10  # G, answers to each; the advantage compares them: 2 at least
     max_new_tokens: Int(1, 2**20) = 256  # longest answer, in tokens
+    max_prompt_tokens: Int(0, 2**20) = 0  # tasks with longer prompts are left out; 0: none
     temperature: Float(1e-3, 100) = 1.0  # of the sampling, and of the log-probabilities
     top_p: Float(1e-6, 1) = 1.0  # sample from the likeliest tokens that together have this much
     confidence: Confidence = "entropy"  # by what the positions are ranked: the surest come first
@@ -112,9 +114,9 @@ class Config(Judging, Estimate, Rewarding):
 
 # on resume: settings that must not change, and settings that may change silently
 FIXED = ("seed", "style", "answer_prefix", "limit", "shown_tests", "objective", "shift",
-         "block_size", "prompts", "completions", "max_new_tokens", "temperature", "top_p",
-         "confidence", "steps", "block_length", "verified", "updates", "reference_every",
-         "estimator", "pairs", "pair_weights", "t_low", "t_high")
+         "block_size", "prompts", "completions", "max_new_tokens", "max_prompt_tokens",
+         "temperature", "top_p", "confidence", "steps", "block_length", "verified", "updates",
+         "reference_every", "estimator", "pairs", "pair_weights", "t_low", "t_high")
 FREE = ("init_from", "resume", "out", "tasks", "val_tasks", "threads", "dtype", "device", "workers")
 
 
@@ -200,7 +202,8 @@ class Policy:
 
 def write_and_judge(rows, how, policy, cfg, tasks, rewards):
     """Write these Rows, and judge them while the next are written: {number: Reward}, and the
-    seconds of the decoding. What one process raises, all raise: they would wait for it forever.
+    seconds of the slowest process's decoding. What one process raises, all raise: they would wait
+    for it forever.
     """
     model, world = policy.model, policy.world
     found, seconds, errors, began = {}, 0, [], time.time()
@@ -221,12 +224,12 @@ def write_and_judge(rows, how, policy, cfg, tasks, rewards):
     errors = world.gather(errors)
     if errors:
         raise errors[0]
-    return found, seconds
+    return found, max(world.gather([seconds]))
 
 
 def roll_out(number, policy, cfg, tasks, prompts, rewards):
     """Answers to the tasks of rollout `number` and their rewards, of all processes: a Rollout, and
-    the seconds of this process's decoding.
+    the seconds of its decoding.
 
     tasks: of all rollouts. prompts: of each task its ids and how many tokens it may be answered in.
     """
@@ -269,16 +272,6 @@ def remember(made, net, into, steps, policy, cfg):
     parallel.free_gathered(net, policy.world)
 
 
-def terms_of(row, policy, cfg):
-    """How many terms of the loss a row has: its tokens, its decisions under `trace`, and 1 under
-    `sequence`."""
-    if cfg.estimator == "sequence":
-        return 1
-    if cfg.estimator == "trace":
-        return len(row.order)
-    return row.end(policy.tok.stop_ids) - row.prompt
-
-
 # --- the loop ------------------------------------------------------------------------------------
 
 def greedy(policy, cfg, tasks, prompts, rewards):
@@ -297,9 +290,13 @@ def check_decoding(cfg, described, prompts, world):
     check_estimate(cfg, recipe)
     ids, room = max(prompts, key=lambda prompt: len(prompt[0]) + prompt[1])
     how = settled(how_to_write(cfg), recipe, [[*ids, *[None] * room]], model_cfg)
-    said = inexact(how.confidence, how.top_p)
-    if said and cfg.estimator == "trace":
+    if cfg.estimator != "trace":
+        return
+    if said := inexact(how.confidence, how.top_p):
         world.say(said)
+    if recipe.causal_block is None:
+        world.say(f"a model without blocks replays a pass per step: up to {cfg.micro_batch} times "
+                  f"{room} rows in a forward; a smaller --micro_batch needs less memory")
 
 
 def make_policy(cfg, folder, described, world, dtype):
@@ -427,7 +424,9 @@ def train(cfg, world, run, rewards, tasks, val_tasks):
             learning = time.time()
             share = rollout.my_share(made.learned, world)
             rows = rollout.rows_at(made, share)
-            total = sum(terms_of(made.rows[i], policy, cfg) for i in made.learned)
+            learned = [made.rows[i] for i in made.learned]
+            total = sum(rollout.terms_of(row, tok.stop_ids, cfg.estimator) for row in learned)
+            tokens = sum(row.length(tok.stop_ids) for row in learned)
             sums = torch.zeros(3)
             for start, end in parallel.micro_batches(model, world, len(rows), cfg):
                 places = share[start:end]
@@ -454,8 +453,8 @@ def train(cfg, world, run, rewards, tasks, val_tasks):
             loss, kl, clipped = losses if rows else (None, None, None)
             taken = time.time() - learning
             run.log({"step": step, "loss": loss, "kl": kl, "clip_fraction": clipped, "lr": lr,
-                     "grad_norm": grad_norm, "tokens": total, "seconds": time.time() - began,
-                     "update_seconds": taken, "update_tokens_per_s": total / taken,
+                     "grad_norm": grad_norm, "tokens": tokens, "seconds": time.time() - began,
+                     "update_seconds": taken, "update_tokens_per_s": tokens / taken,
                      "memory_gb": plan.peak_memory(world.device) / 1e9})
             bar.update()
             solved = rollout.mean(reward.status == "passed" for reward in made.rewards)
@@ -483,7 +482,7 @@ def main(argv=None):
     val_tasks = read_tasks(cfg.val_tasks, cfg.shown_tests) if cfg.val_tasks else []
     own = load_own(cfg.reward)
     world = parallel.start(pick_device(cfg.device), cfg.shard_ranks)
-    with (open_sandbox(cfg, world.size) as sandbox,  # before the model: it forks
+    with (open_sandbox(cfg) as sandbox,  # before the model: it forks
           Run(cfg.out, cfg.resume, world) as run):
         if cfg.check_references and run.checkpoint is None:
             world.first(lambda: refuse_failing(tasks + val_tasks, sandbox))

@@ -53,6 +53,10 @@ class Row:
             return ends[0] + 1
         return min([*holes, len(self.ids)])
 
+    def length(self, stop_ids):
+        """Tokens of the completion, its first stop id included."""
+        return self.end(stop_ids) - self.prompt
+
     def idle(self):
         """This row with nothing to learn from: what fills up a process's share."""
         ids = [token or 0 for token in self.ids]
@@ -155,16 +159,29 @@ def with_prompts(tasks, described, cfg, world):
     for task in tasks:
         ids = prompt_ids(task, tok, cfg.style, cfg.answer_prefix)
         room = min(cfg.max_new_tokens, model_cfg.context - len(ids))
-        if end_of(ids, room, recipe.causal_block) > len(ids):
+        has_room = end_of(ids, room, recipe.causal_block) > len(ids)
+        if has_room and len(ids) <= (cfg.max_prompt_tokens or len(ids)):
             kept.append(task)
             prompts.append((ids, room))
     if len(kept) < len(tasks):
         said = (f"{len(tasks) - len(kept)} of {len(tasks)} tasks leave no room for an answer in "
                 f"the context of {model_cfg.context} tokens")
+        if cfg.max_prompt_tokens:
+            said += f", or have more than max_prompt_tokens={cfg.max_prompt_tokens}"
         if not kept:
             raise Mistake(f"{said}: give shorter ones, or a larger --max_new_tokens")
         world.say(f"{said}, and are left out")
     return kept, prompts
+
+
+def terms_of(row, stop_ids, estimator):
+    """How many terms of the loss a row has: its tokens, its decisions under `trace`, and 1 under
+    `sequence`."""
+    if estimator == "sequence":
+        return 1
+    if estimator == "trace":
+        return len(row.order)
+    return row.length(stop_ids)
 
 
 def end_of(ids, room, block):
@@ -276,7 +293,7 @@ def figures(made, tok):
     """{name: number} of a Rollout: rewards, lengths, rates, AR-ness (watch.py), means over rows."""
     rows, rewards = made.rows, made.rewards
     ends = [row.end(tok.stop_ids) for row in rows]
-    lengths = [end - row.prompt for end, row in zip(ends, rows)]
+    lengths = [row.length(tok.stop_ids) for row in rows]
     ended = [row.ids[end - 1] in tok.stop_ids and end > row.prompt for end, row in zip(ends, rows)]
     orders = [row.order for row in rows]
     return {"reward": mean(reward.total for reward in rewards),

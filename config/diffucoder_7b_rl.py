@@ -11,27 +11,35 @@ each, accumulated twice, are eight questions per step. One epoch of 21 thousand 
 
 What differs from the release. It begins with Dream-org/Dream-v0-Instruct-7B. TRL, which it builds
 on, mixes 0.6 of the policy into the reference (ref_model_mixup_alpha), and ours copies the policy.
-The release cuts prompts to their last 200 tokens, and draws one t for a batch, ours one for an
-answer. It masks tokens behind <eos> at random like the others, ours in every pass. Its top_p is in
-coupled_grpo.py, not in the recipe.
+The release cuts prompts to their last 200 tokens; ours leaves out tasks whose prompt has more than
+512. It draws one t for a batch, ours one for an answer. It masks tokens behind <eos> at random like
+the others, ours in every pass. Groups whose rewards are all equal count in its mean, and their KL
+is in the loss; ours leaves them out. It averages over the tokens of a process's micro-batch, ours
+over those of all. Ids that decoding never chooses have no probability here. A question stands in
+EvalPlus's message; as in the release, it shows one of its tests, which is scored too. Its top_p is
+in coupled_grpo.py, not in the recipe.
 
 The release weighs the passes of a pair by 1/t and 1/(1 - t): --pair_weights=released. The default,
 one, gives an average of log-probabilities (estimators.py: coupled).
 
-Data: `python -m data.acecode.prepare`.
+Data: `python -m data.acecode.prepare`. Its references are programs that a model wrote and others
+ran, so those that fail here are no reason to stop.
 """
 out = "out/diffucoder_7b_rl"
 init_from = "apple/DiffuCoder-7B-Instruct"
 tasks = "data/acecode/tasks.jsonl"
 style = "instruct"
+shown_tests = 1
+check_references = False
 
 prompts = 8
 completions = 10
 max_new_tokens = 256
+max_prompt_tokens = 512
 temperature = 1.0
 top_p = 0.95
 confidence = "entropy"
-decode_batch = 10
+decode_batch = 5  # of ten per GPU: five are judged while the others are written
 
 estimator = "coupled"
 pairs = 1

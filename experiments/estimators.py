@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
     from configurator import begin
     begin()
 
+import shlex
 import sys
 from dataclasses import dataclass
 from datetime import date
@@ -258,7 +259,7 @@ def main(argv=None):
     results, estimates, recipe = compare(cfg)
     tokens = tokens_of(estimates)
     words = sys.argv[1:] if argv is None else argv
-    typed = " ".join(["python -m experiments.estimators", *words])
+    typed = shlex.join(["python", "-m", "experiments.estimators", *words])
     kind = f"block, K = {recipe.block_size}" if recipe.causal_block else recipe.objective
     about = (f"{cfg.init_from}, {kind}; {cfg.completions} completions of {cfg.tasks}, {tokens} "
              f"scored tokens, written by {cfg.confidence} at temperature {cfg.temperature:g}; λ = "

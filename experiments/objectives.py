@@ -1,6 +1,6 @@
 """AR, block diffusion and bidirectional diffusion side by side: one model, data and training time.
 
-    python -m experiments.objectives                 # from out/toy_ar, four minutes each
+    python -m experiments.objectives                 # from out/toy_ar, ten minutes each
     python -m experiments.objectives --seconds=60
 
 Each objective starts from the weights of the same autoregressive model, and is fine-tuned on the
@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Config:
     init_from: Name = "out/toy_ar"  # run of the autoregressive model that all start from
     config: Name = "config/toy_sft.py"  # train.py's settings that all share
     out: Name = "out/objectives"  # folder of the runs and the table
-    seconds: Float(1, 1e6) = 240.0  # training time of each
+    seconds: Float(1, 1e6) = 600.0  # training time of each
     speed_steps: Int(5, 1000) = 30  # steps of the run that measures the speed
     limit: Int(0, 10**6) = 0  # only that many tasks of each file; 0: all
 
@@ -105,8 +106,9 @@ def main(argv=None):
         folder, cells = fine_tune(cfg, objective)
         lines.append([objective, *cells, *score(cfg, objective, folder)])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in [HEAD, ["---"] * len(HEAD), *lines])
+    words = sys.argv[1:] if argv is None else argv
     text = (f"# AR, block and bidirectional diffusion, the same training time\n\n{table}\n\n"
-            f"`python -m experiments.objectives --seconds={cfg.seconds:g}`, {date.today()}, "
+            f"`{shlex.join(['python', '-m', 'experiments.objectives', *words])}`, {date.today()}, "
             f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}.\n"
             "The held-out and hard functions: pass@1, greedy. AR's figure is its negative "
             "log-likelihood; diffusion's are upper bounds of it, and the bidirectional one is told "

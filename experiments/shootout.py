@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
     from configurator import begin
     begin()
 
+import shlex
 import sys
 from dataclasses import dataclass
 from datetime import date
@@ -178,7 +179,7 @@ def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     text = "\n".join([
         f"# Five estimators under one budget of forwards, {date.today()}", "",
-        f"`{' '.join(['python -m experiments.shootout', *words])}`", "",
+        f"`{shlex.join(['python', '-m', 'experiments.shootout', *words])}`", "",
         f"{cfg.config} from {cfg.init_from}, one update per rollout, seeds "
         f"{', '.join(map(str, cfg.seeds))}; {cfg.budget:g} forwards per answer of a rollout, of "
         f"which writing takes {K + 1}. Greedy pass@1 on its val_tasks, "

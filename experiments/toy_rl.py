@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the slow imports: Ctrl-C during them prints
     begin()
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -254,7 +255,7 @@ def main(argv=None):
     taken = ", ".join(f"{seconds_of(folder):.0f}" for folder in folders)
     text = "\n".join([
         f"# Learning from tests, a toy, {date.today()}", "",
-        f"`{' '.join(['python -m experiments.toy_rl', *words])}`", "",
+        f"`{shlex.join(['python', '-m', 'experiments.toy_rl', *words])}`", "",
         f"{cfg.config}, from {', '.join(cfg.init_from)}; {steps_done(folders[0])} steps. Scored on "
         f"{cfg.tasks}, greedy by max_prob; AR-ness of answers written by entropy. Seconds of the "
         f"runs, {cfg.at_once} at a time on {cores()} cores, without evaluations: {taken}. torch "

@@ -226,6 +226,21 @@ def test_a_hidden_state_moves_only_with_what_it_may_see(rows, objective, K, n_la
     assert (moved[sees] > 0).all()
 
 
+def test_a_gradient_under_a_mask_is_finite_where_all_logits_are_low():
+    """In bfloat16 cuDNN's is not, for lengths like 704 (pytorch issue 196678): never chosen."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    q, k, v = 0.1 * torch.randn(3, 1, 1, 704, 64, device=device, dtype=torch.bfloat16)
+    q[..., 0], k[..., 0] = 1, -960  # logits of about -120
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    i = torch.arange(704, device=device)[None]
+    none = torch.zeros_like(i)
+    out = attention(*inputs, CacheSpans(i, none, i + 1, none, none, 704))
+    for gradient in torch.autograd.grad(out.sum(), inputs):
+        assert gradient.isfinite().all()
+
+
 # --- the benchmark, as far as it goes without a GPU -----------------------------------------------
 
 @pytest.mark.parametrize("words, message", [

@@ -512,6 +512,17 @@ def test_how_an_answer_ended(data_folder):
     assert line["solution"] == "def f(x):\n```python" and line["found"]
 
 
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    made = []
+    monkeypatch.setattr(evaluate, "Sandbox", lambda workers, *rest: made.append(workers))
+    monkeypatch.setattr(evaluate, "cores", lambda: 12)
+    for processes in ("1", "8", "99"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        evaluate.open_sandbox(evaluate.PassK())
+    evaluate.open_sandbox(evaluate.PassK(workers=3))
+    assert made == [12, 1, 1, 3]
+
+
 CHAT = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}")
 

@@ -142,7 +142,6 @@ def check_hacks(found, sandbox, folder, there):
     for style, fenced in (("base", "{}"), ("instruct", "```python\n{}\n```\n")):
         answers = [(task, fenced.format(there.fill(attack.code))) for attack, task, _ in found]
         for (attack, _, share), reward in zip(found, judged(sandbox, folder, answers, style)):
-            assert reward.total <= 2 * reward.passed + 0.5
             if reward.passed > share + 1e-9:
                 earned.add(attack.name)
     assert earned <= DROPPED

@@ -368,6 +368,58 @@ def test_two_processes_give_what_one_gives(folder, tmp_path, estimator):
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_processes_without_an_answer_wait_for_the_others(folder, tmp_path):
+    """Two answers on three processes: the first has none, to write or to learn from."""
+    more = ["--lr=0.001", "--min_lr=0.001", "--prompts=1", "--completions=2", "--max_steps=2"]
+    rl.main(settings_of(folder, tmp_path / "one", *more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+               "rl.py", *settings_of(folder, tmp_path / "three", *more)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "three"), strict=True):
+        assert b == pytest.approx(a, abs=1e-5, nan_ok=True)
+    [rollout_line] = [json.loads(line) for line in (tmp_path / "three" / "metrics.jsonl").open()
+                      if "rollout_seconds" in line]
+    seconds = rollout_line["length"] * 2 / rollout_line["rollout_tokens_per_s"]
+    assert 0.001 < seconds <= rollout_line["rollout_seconds"]  # of those that wrote
+
+
+def test_a_model_without_blocks_learns_from_messages(data_folder, folder, tmp_path):
+    """The kind of run that config/diffucoder_7b_rl.py is, with evaluations; stopped and resumed."""
+    policy = write_tiny_run(tmp_path / "tiny", data_folder, 512, objective="bidirectional",
+                            shift=True)
+    (policy / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: ")
+    more = [f"--init_from={policy}", "--style=instruct", "--answer_prefix=x = ", "--max_steps=4",
+            f"--val_tasks={folder / 'tasks.jsonl'}", "--eval_every=1", "--max_new_tokens=6",
+            "--top_p=0.95", "--limit=2"]
+    rl.main(settings_of(folder, tmp_path / "whole", *more))
+    rl.main(settings_of(folder, tmp_path / "parts", *more, "--max_steps=3"))
+    rl.main(settings_of(folder, tmp_path / "parts", *more, "--resume=true"))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    whole = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "parts").items():
+        assert torch.equal(tensor, whole[name]), name
+    sample = json.loads((tmp_path / "whole" / "samples.jsonl").open().readline())
+    assert sample["answer"].startswith("x = ")
+    assert "Please provide" in (tmp_path / "whole" / "samples.html").read_text()
+
+
+def test_the_tokens_of_an_update_are_tokens_whatever_its_loss_counts(folder, tmp_path):
+    counts = []
+    for estimator in ("coupled", "sequence", "trace"):
+        out = tmp_path / estimator
+        rl.main(settings_of(folder, out, f"--estimator={estimator}", "--max_steps=1",
+                            "--updates=1", "--beta=0"))
+        written, update = metrics(out)
+        assert written["learned"] == 1
+        counts.append((update["tokens"], written["length"] * 8))
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0][0] == round(counts[0][1])
+
+
 def test_groups_without_a_difference_are_left_out(folder, tmp_path):
     """The published reward, which no answer of this model gets: nothing is learned, and said."""
     rl.main(settings_of(folder, tmp_path / "run", "--passed_weight=2", "--format_weight=0.5",
@@ -490,6 +542,22 @@ def test_what_trace_leaves_out_is_said(folder, tmp_path, capsys, more, said):
     rl.main(settings_of(folder, tmp_path / "run", "--max_steps=2", "--estimator=trace", *more))
     out = capsys.readouterr().out
     assert said in out and ("estimator='trace'" in out) == bool(said)
+
+
+def test_long_prompts_are_left_out_where_that_is_asked_for(folder, tmp_path, capsys):
+    lines = (folder / "tasks.jsonl").read_text().splitlines()
+    long = json.loads(lines[0]) | {"task_id": "long", "prompt": "x = 'x'\n\ndef f0(n):\n"}
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("\n".join([*lines, json.dumps(long)]))
+    more = [f"--tasks={file}", "--max_steps=1"]
+    longest = max(len(load(folder / "policy")[1].encode(json.loads(line)["prompt"])) + 1
+                  for line in lines)
+    rl.main(settings_of(folder, tmp_path / "run", *more, f"--max_prompt_tokens={longest}"))
+    said = f"1 of 6 tasks .*, or have more than max_prompt_tokens={longest}, and are left out"
+    assert re.search(said, capsys.readouterr().out)
+    rl.main(settings_of(folder, tmp_path / "all", *more))
+    assert "left out" not in capsys.readouterr().out
+    assert "6 of 6 tasks" in refused(folder, tmp_path / "none", *more, "--max_prompt_tokens=1")
 
 
 @pytest.mark.slow

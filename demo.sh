@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a diffusion model that writes working functions: environment, data, an
 # autoregressive stage, block diffusion, fine-tuning, pass@1, a report.
-# `bash demo.sh rl` then also learns from tests, in ten minutes more.
+# `bash demo.sh rl` then also learns from tests, in 8 to 15 minutes more.
 # A second run skips what is done; `rm -r out data/stdlib/*.bin` starts over.
 set -euo pipefail
 cd "$(dirname "$0")"

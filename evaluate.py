@@ -90,7 +90,7 @@ class Judging:
     shown_tests: Int(0, 2**10) = 3  # (MBPP) how many of its tests a prompt shows; EvalPlus: 1
     seconds: Float(0.01, 86400) = 3.0  # a program's time
     memory_mb: Int(64, 2**20) = 512  # and memory
-    workers: Int(0, 1024) = 0  # programs that run at once; 0: one per core
+    workers: Int(0, 1024) = 0  # programs that a process runs at once; 0: its share of the cores
     unsafe_execution: bool = False  # run programs even where the system cannot contain them
 
 

@@ -70,7 +70,7 @@ class Config(Judging, Estimate, Rewarding):
     prompts: Int(1, 2**20) = 8  # tasks of a rollout, over all processes
     completions: Int(1, 2**16) = 10  # G, answers to each; the advantage compares them: 2 at least
     max_new_tokens: Int(1, 2**20) = 256  # longest answer, in tokens
-    max_prompt_tokens: Int(0, 2**20) = 0  # tasks with longer prompts are left out; 0: none
+    max_prompt_tokens: Int(0, 2**20) = 0  # tasks with longer prompts are left out; 0: no limit
     temperature: Float(1e-3, 100) = 1.0  # of the sampling, and of the log-probabilities
     top_p: Float(1e-6, 1) = 1.0  # sample from the likeliest tokens that together have this much
     confidence: Confidence = "entropy"  # by what the positions are ranked: the surest come first
@@ -375,7 +375,8 @@ def train(cfg, world, run, rewards, tasks, val_tasks):
     described = huggingface.read_description(folder, cfg.mask_token, objective=cfg.objective,
                                              shift=cfg.shift, block_size=cfg.block_size)
     tasks, prompts = rollout.with_prompts(tasks, described, cfg, world)
-    val_tasks, val_prompts = rollout.with_prompts(val_tasks, described, cfg, world)
+    val_tasks, val_prompts = rollout.with_prompts(
+        val_tasks, described, replace(cfg, max_prompt_tokens=0), world)
     check_decoding(cfg, described, prompts + val_prompts, world)
     policy = make_policy(cfg, folder, described, world, dtype)
     model, tok = policy.model, policy.tok

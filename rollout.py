@@ -169,7 +169,8 @@ def with_prompts(tasks, described, cfg, world):
         if cfg.max_prompt_tokens:
             said += f", or have more than max_prompt_tokens={cfg.max_prompt_tokens}"
         if not kept:
-            raise Mistake(f"{said}: give shorter ones, or a larger --max_new_tokens")
+            more = " or --max_prompt_tokens" if cfg.max_prompt_tokens else ""
+            raise Mistake(f"{said}: give shorter ones, or a larger --max_new_tokens{more}")
         world.say(f"{said}, and are left out")
     return kept, prompts
 

@@ -26,7 +26,7 @@ max_prompt_tokens = 1024
 temperature = 1.0
 confidence = "left_to_right"
 verified = True
-decode_batch = 8
+decode_batch = 8  # all of a GPU's at once: with the cache, four would take nearly as long
 
 estimator = "trace"
 updates = 2

@@ -9,15 +9,16 @@ reference renewed every 64 steps, two updates per rollout; AdamW with betas 0.9 
 decay 0.1, gradients clipped at 0.2, a cosine from 1e-6 to a tenth. Eight GPUs with five answers
 each, accumulated twice, are eight questions per step. One epoch of 21 thousand tasks.
 
-What differs from the release. It begins with Dream-org/Dream-v0-Instruct-7B. TRL, which it builds
-on, mixes 0.6 of the policy into the reference (ref_model_mixup_alpha), and ours copies the policy.
-The release cuts prompts to their last 200 tokens; ours leaves out tasks whose prompt has more than
-512. It draws one t for a batch, ours one for an answer. It masks tokens behind <eos> at random like
-the others, ours in every pass. Groups whose rewards are all equal count in its mean, and their KL
-is in the loss; ours leaves them out. It averages over the tokens of a process's micro-batch, ours
-over those of all. Ids that decoding never chooses have no probability here. A question stands in
-EvalPlus's message; as in the release, it shows one of its tests, which is scored too. Its top_p is
-in coupled_grpo.py, not in the recipe.
+What differs from the release. TRL, which it builds on, mixes 0.6 of the policy into the reference
+(ref_model_mixup_alpha), and ours copies the policy. The release cuts prompts to their last 200
+tokens; ours leaves out tasks whose prompt has more than 512. It draws one t for a batch, ours one
+for an answer. With two micro-batches and two updates, its code gives an answer the same masks in
+both updates; here each update draws its own. It masks tokens behind <eos> at random like the
+others, ours in every pass. Groups whose rewards are all equal count in its mean, and their KL is in
+the loss; ours leaves them out. It averages over the tokens of a process's micro-batch, ours over
+those of all. Ids that decoding never chooses have no probability here. A question stands in
+EvalPlus's message. As in the release, it shows one of its tests, which is scored too, and a
+signature to complete shows none. The release's top_p is in coupled_grpo.py, not in its recipe.
 
 The release weighs the passes of a pair by 1/t and 1/(1 - t): --pair_weights=released. The default,
 one, gives an average of log-probabilities (estimators.py: coupled).

@@ -561,12 +561,12 @@ def test_long_prompts_are_left_out_where_that_is_asked_for(folder, tmp_path, cap
     long = json.loads(lines[0]) | {"task_id": "long", "prompt": "x = 'x'\n\ndef f0(n):\n"}
     file = tmp_path / "tasks.jsonl"
     file.write_text("\n".join([*lines, json.dumps(long)]))
-    more = [f"--tasks={file}", "--max_steps=1"]
+    more = [f"--tasks={file}", f"--val_tasks={file}", "--eval_every=0", "--max_steps=1"]
     longest = max(len(load(folder / "policy")[1].encode(json.loads(line)["prompt"])) + 1
                   for line in lines)
     rl.main(settings_of(folder, tmp_path / "run", *more, f"--max_prompt_tokens={longest}"))
     said = f"1 of 6 tasks .*, or have more than max_prompt_tokens={longest}, and are left out"
-    assert re.search(said, capsys.readouterr().out)
+    assert len(re.findall(said, capsys.readouterr().out)) == 1  # evaluations keep them
     rl.main(settings_of(folder, tmp_path / "all", *more))
     assert "left out" not in capsys.readouterr().out
     said = refused(folder, tmp_path / "none", *more, "--max_prompt_tokens=1")

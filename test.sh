@@ -17,6 +17,8 @@ fi
 
 "$PY" -m ruff check .
 
+marks="not slow"
+[ "${1:-}" != all ] || marks="slow or not slow"
 kernel=  # the process of the kernel's half, if there is one
 printed=$(mktemp)
 stop() {
@@ -28,13 +30,12 @@ trap stop EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 if "$PY" -c 'import triton' 2>/dev/null; then
-    TRITON_INTERPRET=1 "$PY" -m pytest -q -p no:logging tests/test_attention_kernel_triton.py \
+    TRITON_INTERPRET=1 "$PY" -m pytest -q -p no:logging -m "$marks" \
+        tests/test_attention_kernel_triton.py \
         > "$printed" 2>&1 &
     kernel=$!
 fi
 
-marks="not slow"
-[ "${1:-}" != all ] || marks="slow or not slow"
 failed=0
 # A file stays on one worker, with its expensive fixtures; the longest one starts first.
 "$PY" -m pytest -q -p no:logging -n auto --dist=loadfile --no-loadscope-reorder -m "$marks" \

@@ -256,7 +256,8 @@ def test_training_with_the_kernel_gives_the_loss_curve_of_the_reference(monkeypa
     assert torch.allclose(kernel, tiles, rtol=1e-4)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("recompute", [
+    "selective", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("none", "full"))])
 def test_compiled_blocks_are_one_graph_and_give_the_eager_losses(monkeypatch, recompute):
     backend = "inductor" if GPU else "aot_eager"
 

@@ -652,6 +652,7 @@ def test_one_process_whose_disk_is_full_leaves_all_with_the_checkpoint_before(ru
         assert re.fullmatch(pattern, result["error"])
 
 
+@pytest.mark.slow
 def test_the_writer_of_the_weights_with_a_full_disk_ends_the_run_with_the_checkpoint_before(
         data_folder, runs, two, tmp_path):
     """The first of two: the other one is left alone in the middle of the save, and must not wait

@@ -1386,7 +1386,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("thread", ["main", "another"])
+@pytest.mark.parametrize("thread", ["main", pytest.param("another", marks=pytest.mark.slow)])
 def test_a_chat_template_that_would_never_end_is_stopped(
     folders, tmp_path, monkeypatch, name, thread
 ):

@@ -130,7 +130,9 @@ sys.exit(train.main())
 """
 
 
-@pytest.mark.parametrize("moment", ["safetensors.torch.save_file", "torch.save", "os.replace"])
+@pytest.mark.parametrize("moment", [
+    "os.replace", *(pytest.param(name, marks=pytest.mark.slow)
+                    for name in ("safetensors.torch.save_file", "torch.save"))])
 def test_killed_during_a_save_the_previous_checkpoint_is_intact(data_folder, tmp_path, moment):
     """The function that a save is in the middle of kills the process, half of its work done."""
     module, _, name = moment.rpartition(".")

@@ -77,6 +77,8 @@ def plan(entry_point, tests, check, setup):
 def parse(text, what):
     try:
         return ast.parse(text)
+    except SystemError:  # CPython 3.11, rarely, while another thread parses too: they share a count
+        return parse(text, what)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Mistake(f"{what} of a task is not Python ({error}): mend the task's file") from error
 

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jail
+import questions
 from configurator import Mistake
 from plain import DEEPEST, NotPlain, decode, encode, from_bytes, to_bytes
 from questions import plan
@@ -737,3 +738,16 @@ def test_descriptors_that_a_program_sends_go_nowhere(box):
     before = len(os.listdir("/proc/self/fd"))
     assert judged(box, textwrap.dedent(code), "assert f() == 1").status == "failed"
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_text_is_parsed_again_where_another_thread_disturbed_the_parser(monkeypatch):
+    """CPython 3.11's SystemError: "AST constructor recursion depth mismatch"."""
+    real, failures = questions.ast.parse, [SystemError("recursion depth mismatch")]
+
+    def disturbed(text):
+        if failures:
+            raise failures.pop()
+        return real(text)
+
+    monkeypatch.setattr(questions.ast, "parse", disturbed)
+    assert len(questions.parse("x = 1\n", "a test").body) == 1 and not failures
